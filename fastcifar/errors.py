@@ -1,0 +1,50 @@
+"""What a user did wrong, or what their machine lacks: one paragraph, the next command to type, an exit code.
+
+Everything else is a bug and keeps its traceback.
+"""
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_DIVERGED = 4
+EXIT_DEVICE = 5
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Base of the errors that `fastcifar` prints without a traceback.
+
+    `message` says what is wrong and where; `hint` is the next command to type, or empty.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  try: {self.hint}" if self.hint else self.message
+
+
+class UsageError(UserError):
+    """A flag, recipe or value that makes no sense."""
+
+
+class DataError(UserError):
+    """Data that is missing, damaged or not what it says it is."""
+
+    exit_code = EXIT_DATA
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class DeviceError(UserError):
+    """No such device, or not enough memory on it."""
+
+    exit_code = EXIT_DEVICE
