@@ -38,6 +38,10 @@ class DataError(UserError):
     exit_code = EXIT_DATA
 
 
+class DataMissing(DataError):
+    """There is no data where it was looked for: the one case in which --fallback-dataset applies."""
+
+
 class DivergedError(UserError):
     """The loss is no longer a number."""
 

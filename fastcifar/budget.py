@@ -1,0 +1,127 @@
+"""From "5min" to a training that ends in time, with its learning rate at its end.
+
+A training makes progress from 0 to 1; learning rates and image sizes follow progress. `Pace` decides how much progress a
+step makes: 1 / steps when the number of steps is given, else whatever the measured step times say will use up the budget.
+"""
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+from fastcifar.errors import UsageError
+from fastcifar.recipes import Stage
+
+UNITS_S = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in "90s", "5min", "1h30m", "2.5min"; a bare number is refused, since nobody knows its unit.
+
+    Raises UsageError.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)", text)
+    if not parts or "".join(re.split(r"\s+", text)) != "".join(number + unit for number, unit in parts):
+        raise UsageError(f"--budget: cannot read {text!r} as a time.", "--budget 90s, --budget 5min or --budget 1h30m")
+    total_s = sum(float(number) * UNITS_S[unit] for number, unit in parts)
+    if total_s <= 0:
+        raise UsageError(f"--budget: {text!r} is no time at all.", "--budget 5min")
+    return total_s
+
+
+@dataclass(frozen=True)
+class Knot:
+    """From step `step` on, progress rises evenly from `progress` to 1 at step `end`."""
+
+    step: int
+    progress: float
+    end: int
+
+    def at(self, step: int) -> float:
+        return self.progress + (1 - self.progress) * (step - self.step) / (self.end - self.step)
+
+
+def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
+    """The stage a step that starts at this progress belongs to."""
+    return next((stage for stage in stages if progress < stage.until), stages[-1])
+
+
+def guess_cost(image_px: int) -> float:
+    """Relative time of a step on images of this size, before it has been measured.
+
+    Fitted on 2 CPU cores: 0.82, 1.10 and 1.65 s for 2,000 images of 20, 24 and 32 pixels (LOG.md, 2026-11-20).
+    """
+    return 250 + image_px**2
+
+
+class Pace:
+    """How far a training is after each step.
+
+    Args:
+        stages: image sizes and the progress up to which each is used.
+        knots: the plan so far: one knot for a run of fixed length, those of an earlier run to replay or resume it.
+        deadline_s: when the last step must have ended, on the caller's clock; None for a run of fixed length. May be
+            moved while running.
+    """
+
+    HEADROOM = 0.01  # share of the time left that is not planned for: steps scatter by a few percent
+    SLACK = 0.03  # replan when more than this share of the time left would stay unused
+
+    def __init__(self, stages: tuple[Stage, ...], knots: list[Knot], deadline_s: float | None = None):
+        self.stages, self.knots, self.deadline_s = stages, list(knots), deadline_s
+        self.first_s: dict[int, float] = {}  # what the first step at an image size took
+        self.recent_s: dict[int, deque[float]] = {}  # and the latest ones after it
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole training, as planned now."""
+        return self.knots[-1].end if self.knots else 1
+
+    def progress(self, step: int) -> float:
+        """Progress before step `step`, 0 to 1. Before the first measurement all that is known is where it starts."""
+        if step == 0 or not self.knots:
+            return 0.0
+        return min(1.0, next(knot for knot in reversed(self.knots) if knot.step <= step).at(step))
+
+    def stage(self, step: int) -> Stage:
+        return stage_at(self.stages, self.progress(step))
+
+    def cost_s(self, image_px: int) -> float:
+        """Seconds a step takes at this size: measured, or scaled from the nearest size that was."""
+        if image_px not in self.first_s:
+            known_px = min(self.first_s, key=lambda px: abs(px - image_px))
+            return self.cost_s(known_px) * guess_cost(image_px) / guess_cost(known_px)
+        # The first step at a size pays for memory and kernels that the later ones find ready: 2-3 times as long.
+        recent_s = self.recent_s[image_px]
+        return median(recent_s) if recent_s else self.first_s[image_px]
+
+    def mean_cost_s(self, progress: float) -> float:
+        """Expected seconds of a step, over the rest of the training."""
+        total_s, begin = 0.0, progress
+        for stage in self.stages:
+            share = max(0.0, stage.until - begin)
+            total_s += share * self.cost_s(stage.image_px)
+            begin += share
+        return total_s / (1 - progress)
+
+    def measured(self, step: int, image_px: int, seconds: float, now_s: float) -> None:
+        """Note what a step took; `step` steps are done now. Changes the plan if the rest would not fit, or leave time."""
+        if image_px in self.first_s:
+            self.recent_s[image_px].append(seconds)
+        else:
+            self.first_s[image_px], self.recent_s[image_px] = seconds, deque(maxlen=9)
+        if self.deadline_s is None:
+            return
+        progress = self.progress(step)
+        if not self.knots:  # the very first step: assume it was as far as any other will be
+            steps = max(2, round((self.deadline_s - now_s) / self.mean_cost_s(0.0)) + 1)
+            self.knots.append(Knot(0, 0.0, steps))
+            return
+        if progress >= 1:
+            return
+        left_s, step_s = self.deadline_s - now_s, self.mean_cost_s(progress)
+        steps_left = self.steps - step
+        unused_s = left_s - steps_left * step_s
+        if unused_s < 0 or unused_s > max(self.SLACK * left_s, 1.5 * step_s):
+            steps_left = max(1, int(left_s * (1 - self.HEADROOM) / step_s))
+            self.knots.append(Knot(step, progress, step + steps_left))

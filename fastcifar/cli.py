@@ -1,0 +1,264 @@
+"""The command line: verbs only. Each verb reads its words and calls the one function that does the work.
+
+Whatever needs torch is imported inside the verbs, so that `fastcifar --help` answers in a fifth of a second.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+from fastcifar import __version__
+from fastcifar.budget import Knot
+from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
+from fastcifar.job import Job
+from fastcifar.recipes import SUMMARIES, Recipe, find_recipe
+
+DATASETS = Literal["cifar10", "cifar100", "shapes10"]
+DEFAULT_RECIPE = "speed"
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (errors.py)."""
+    started_s = time.monotonic()
+    if words is None:
+        from fastcifar.process import age_s
+
+        words, started_s = sys.argv[1:], started_s - age_s()
+    try:
+        return run([with_underscores(word) for word in words], started_s)
+    except UserError as error:
+        print(f"fastcifar: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastcifar: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def with_underscores(word: str) -> str:
+    """--batch-size and --batch_size are the same flag."""
+    flag, equals, value = word.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def run(words: list[str], started_s: float) -> int:
+    arguments = parse(words)
+    verbs = {"train": train, "eval": evaluate, "data": data, "recipes": recipes, "doctor": doctor}
+    return verbs[arguments.subcommand](arguments[arguments.subcommand], started_s)
+
+
+# Verbs
+
+
+def train(chosen: Namespace, started_s: float) -> int:
+    from fastcifar.run import RunFolder
+
+    if chosen.resume is not None:
+        folder = RunFolder.open(chosen.resume)
+        job = saved_job(folder.path)
+    else:
+        job = read_job(chosen)
+        folder = RunFolder.create(chosen.out, job.recipe)
+    prepare_process()
+    from fastcifar.display import Display, print_result
+    from fastcifar.train import train
+
+    display = Display()
+    try:
+        result = train(job, folder, display, started_s, resume=chosen.resume is not None)
+    except KeyboardInterrupt:
+        if (folder.path / "checkpoint.safetensors").exists():
+            display.say(f"Stopped. Go on with: fastcifar train --resume {folder.path}")
+        raise
+    finally:
+        display.close()
+    print_result(result, folder.path)
+    if chosen.json:
+        print(json.dumps(result))
+    return EXIT_DONE
+
+
+def evaluate(chosen: Namespace, started_s: float) -> int:
+    prepare_process()
+    from fastcifar.display import Display, print_evaluation
+    from fastcifar.reevaluate import reevaluate
+
+    job = saved_job(chosen.run)
+    result = reevaluate(chosen.run, replace(job, data=chosen.data or job.data, device=chosen.device), Display())
+    print_evaluation(result)
+    if chosen.json:
+        print(json.dumps(result))
+    return EXIT_DONE
+
+
+def data(chosen: Namespace, started_s: float) -> int:
+    from fastcifar.data import source
+    from fastcifar.display import Display, print_table
+
+    display = Display()
+    where = chosen.dataset, chosen.data, display.work
+    if chosen.verb == "verify":
+        findings = source.verify(*where)
+        display.close()
+        for finding in findings:
+            print(f"{finding.what}: {'verified' if finding.verified else 'NOT verified'}: {finding.text}")
+        return EXIT_DONE if all(finding.verified for finding in findings) else EXIT_DATA
+    dataset = source.prepare(*where) if chosen.verb == "prepare" else source.load(*where)
+    display.close()
+    print_table(source.describe(dataset))
+    return EXIT_DONE
+
+
+def recipes(chosen: Namespace, started_s: float) -> int:
+    from fastcifar.display import print_table
+
+    if chosen.verb == "list":
+        print_table(list(SUMMARIES.items()))
+    else:
+        from fastcifar.run import dump_yaml
+
+        print(dump_yaml({"recipe": chosen.name} | asdict(find_recipe(chosen.name))))
+    return EXIT_DONE
+
+
+def doctor(chosen: Namespace, started_s: float) -> int:
+    prepare_process()
+    from fastcifar.display import print_table
+    from fastcifar.doctor import examine
+
+    print_table(examine())
+    return EXIT_DONE
+
+
+# What the verbs share
+
+
+def prepare_process() -> None:
+    """Tune the allocator before torch makes its first tensor, then the threads."""
+    from fastcifar.process import set_threads, tune_allocator
+
+    tune_allocator()
+    set_threads()
+
+
+def saved_job(run: Path) -> Job:
+    """The job whose config.yaml lies in a run folder, read as if it had been typed. Raises UsageError."""
+    from fastcifar.run import RunFolder
+
+    words = ["train", "--config", str(RunFolder.open(run).path / "config.yaml")]
+    return read_job(parse(words)["train"])
+
+
+def read_job(chosen: Namespace) -> Job:
+    """The job that the flags of `train` describe. Raises UsageError."""
+    limits = [f"--{name}" for name in ("budget", "epochs", "steps") if chosen[name] is not None]
+    if len(limits) > 1:
+        raise UsageError(f"{' and '.join(limits)} cannot both say how long to train.", f"only {limits[0]}")
+    recipe = {field.name: chosen[field.name] for field in fields(Recipe) if field.name != "epochs"}
+    epochs = find_recipe(chosen.recipe).epochs if chosen.epochs is None else chosen.epochs
+    names = [field.name for field in fields(Job) if field.name != "settings"]
+    job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
+    return Job(settings=Recipe(**recipe, epochs=epochs), **job)
+
+
+# Parsers
+
+
+def parse(words: list[str]) -> Namespace:
+    """Raises UsageError naming the flag that is wrong."""
+    parser = build_parser(words)
+    try:
+        return parser.instantiate(parser.parse_args(words))
+    except ArgumentError as error:
+        raise UsageError(" ".join(str(error).split()), " ".join(["fastcifar", *words[:1], "--help"])) from error
+
+
+def build_parser(words: list[str]) -> ArgumentParser:
+    """The parser of all verbs; the defaults of `train` are those of the recipe that `words` name."""
+    parser = ArgumentParser(
+        prog="fastcifar",
+        description="The fastest honest way to train a CIFAR-10 or CIFAR-100 model.",
+        version=f"fastcifar {__version__}",
+        exit_on_error=False,
+    )
+    verbs = parser.add_subcommands()
+    verbs.add_subcommand("train", train_parser(words), help="train a model, inside a wall-clock budget if one is given")
+    verbs.add_subcommand("eval", eval_parser(), help="evaluate a trained run: accuracy, precision, recall, F1, confusions")
+    verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
+    verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
+    verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
+    return parser
+
+
+def eval_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description="Evaluate a trained run on the test images.")
+    parser.add_argument("run", type=Path, help="the run folder")
+    parser.add_argument("--data", type=Path | None, default=None, help="where the data set is, if not where it was")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--json", action="store_true", help="print everything on one line, the last of stdout")
+    return parser
+
+
+def data_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description="Prepare, verify or describe a data set.")
+    verbs = "prepare: find or download it and write the cache file; verify: compare every image with the official set; info: describe it"
+    parser.add_argument("verb", type=Literal["prepare", "verify", "info"], help=verbs)
+    add_data_arguments(parser)
+    return parser
+
+
+def recipes_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description="List the recipes or show one.")
+    parser.add_argument("verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it")
+    parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
+    return parser
+
+
+def add_data_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=DATASETS, default="cifar10", help="what to use")
+    parser.add_argument("--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree or parquet")
+
+
+def train_parser(words: list[str]) -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Train a model. Any field of the recipe can be overridden by its dotted name.",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these flags, such as runs/NAME/config.yaml")
+    parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="see `fastcifar recipes list`")
+    add_data_arguments(parser)
+    parser.add_argument("--fallback_dataset", type=Literal["shapes10"] | None, default=None, help="train on this one if the data set is nowhere to be found")
+    parser.add_argument("--loader", type=Literal["resident"], default="resident", help="what feeds the training")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--budget", type=str | None, default=None, help="wall-clock from process start to result.json: 90s, 5min, 1h30m")
+    parser.add_argument("--epochs", type=float | None, default=None, help="passes over the training set, instead of a budget")
+    parser.add_argument("--steps", type=int | None, default=None, help="steps, instead of a budget")
+    parser.add_argument("--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images")
+    parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")
+    parser.add_argument("--out", type=Path | None, default=None, help="the run folder (default: a new one in runs/)")
+    parser.add_argument("--resume", type=Path | None, default=None, help="go on with the interrupted run in this folder")
+    parser.add_argument("--json", action="store_true", help="print result.json as the last line of stdout")
+    recipe = find_recipe(named_recipe(words))
+    parser.add_class_arguments(Recipe, skip={"epochs"})
+    parser.set_defaults({name: value for name, value in asdict(recipe).items() if name != "epochs"})
+    return parser
+
+
+def named_recipe(words: list[str]) -> str:
+    """The recipe that --recipe, else --config names, before anything else is parsed."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config", type=Path)
+    known = first.parse_known_args(words)[0]
+    if known.recipe is None and known.config is not None and known.config.is_file():
+        import yaml
+
+        content = yaml.safe_load(known.config.read_text())
+        return content.get("recipe", DEFAULT_RECIPE) if isinstance(content, dict) else DEFAULT_RECIPE
+    return known.recipe or DEFAULT_RECIPE

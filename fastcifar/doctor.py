@@ -1,0 +1,72 @@
+"""`fastcifar doctor`: what this machine has and what of it works, found out by trying."""
+
+import platform
+
+import numba
+import numpy as np
+import torch
+
+from fastcifar import __version__, process
+from fastcifar.data import augment
+from fastcifar.data.dataset import Split
+from fastcifar.data.resident import ResidentLoader
+from fastcifar.recipes import Augment
+from fastcifar.report import processor
+from fastcifar.result import installed
+from fastcifar.run import source_commit
+
+PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "matplotlib", "jsonargparse", "safetensors")
+
+
+def examine() -> list[tuple[str, str]]:
+    """(what, how it is) for each thing a training depends on."""
+    versions = ", ".join(f"{name} {installed(name) or 'not installed'}" for name in PACKAGES)
+    return [
+        ("fastcifar", f"{__version__}, commit {source_commit() or 'unknown (not a git checkout)'}"),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("packages", versions),
+        ("processor", f"{processor()}, {process.physical_cores()} physical cores for this process"),
+        ("instructions", cpu_capability()),
+        ("threads", f"torch {torch.get_num_threads()}, numba {numba.get_num_threads()}"),
+        ("allocator", describe_allocator()),
+        *describe_gpus(),
+        ("loader resident", try_resident()),
+    ]
+
+
+def cpu_capability() -> str:
+    """What torch's own kernels use, and whether the matrix units that bfloat16 lives on are there."""
+    supported = torch.backends.cpu.get_capabilities() if hasattr(torch.backends.cpu, "get_capabilities") else {}
+    amx = "with" if supported.get("amx_bf16") else "without"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {amx} AMX bfloat16"
+
+
+def describe_allocator() -> str:
+    if process.tune_allocator():
+        settings = ", ".join(f"{name}={value}" for name, (_, value) in process.MALLOPT_SETTINGS.items())
+        return f"glibc, tuned: {settings}"
+    return f"{platform.libc_ver()[0] or 'not glibc'}, not tuned: freed memory goes back to the system and is faulted in again"
+
+
+def describe_gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        built = f"torch {torch.__version__} is built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
+        return [("GPU", f"none usable ({built})")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"))
+    return rows
+
+
+def try_resident() -> str:
+    """Make one augmented image both ways."""
+    split = Split(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), np.zeros(4, np.uint8))
+    loader = ResidentLoader(
+        split, batch_size=4, dtype=torch.bfloat16, device=torch.device("cpu"), augment=Augment(cutout_px=8), shuffle=True
+    )
+    (x_BCHW, _), ids_B = next(iter(loader.epoch(0))), loader.order(0)
+    draws = augment.draw(loader.augment, 4, 32, 0, 0, "cpu")
+    if not torch.equal(x_BCHW, augment.apply_torch(loader.images_NHWC, ids_B, draws, loader.plain_table)):
+        return "its numba kernel disagrees with plain torch: please report this"
+    return "works; its numba kernel agrees with plain torch"

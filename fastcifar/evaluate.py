@@ -1,0 +1,95 @@
+"""What a trained model is worth: accuracy with and without test-time augmentation, and who is taken for whom.
+
+Shapes: N images, B of a batch, C channels, H rows, W columns, K classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcifar.data.resident import ResidentLoader
+from fastcifar.recipes import Tta
+
+CONFUSIONS = 10  # pairs of classes worth naming
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's answers on one split. Precision, recall, F1 and confusion are those of the augmented answers."""
+
+    accuracy: float
+    accuracy_tta: float
+    probability_NK: np.ndarray  # with test-time augmentation
+    confusion_KK: np.ndarray  # rows: true class, columns: predicted class
+    precision_K: np.ndarray
+    recall_K: np.ndarray
+    f1_K: np.ndarray
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """Class probabilities [B, K], float32, in the images' dtype and on their device."""
+    with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
+        return model(x_BCHW).float().softmax(1)
+
+
+def predict_views(model: nn.Module, x_BCHW: Tensor, shift_px: int) -> Tensor:
+    """Probabilities [B, K] averaged over an image and its mirror image, half of the weight, and both of these shifted.
+
+    The views and weights are those of cifar10-airbench; the shifted ones move up-left and down-right and reflect at the
+    border. With `shift_px` 0 there are only the image and its mirror image.
+    """
+
+    def both_sides(x_BCHW: Tensor) -> Tensor:
+        return (predict(model, x_BCHW) + predict(model, x_BCHW.flip(3))) / 2
+
+    plain_BK = both_sides(x_BCHW)
+    if not shift_px:
+        return plain_BK
+    height, width = x_BCHW.shape[2:]
+    padded = F.pad(x_BCHW, (shift_px,) * 4, "reflect").contiguous(memory_format=torch.channels_last)
+    corners = padded[:, :, :height, :width], padded[:, :, 2 * shift_px :, 2 * shift_px :]
+    return plain_BK / 2 + sum(both_sides(corner) for corner in corners) / 4
+
+
+def evaluate(model: nn.Module, loader: ResidentLoader, classes: int, tta: Tta) -> Evaluation:
+    """Look at every image once, then again with augmentation at the share of them that the model is least sure of."""
+    model.eval()
+    labels_N = loader.labels_N
+    probability_NK = torch.cat([predict(model, x_BCHW) for x_BCHW, _ in loader.epoch(0)])
+    plain_N = probability_NK.argmax(1)
+    unsure_M = probability_NK.amax(1).topk(round(tta.share * len(labels_N)), largest=False).indices
+    for ids_B in unsure_M.split(loader.batch_size):
+        probability_NK[ids_B] = predict_views(model, loader.take(ids_B), tta.shift_px)
+    augmented_N = probability_NK.argmax(1)
+    confusion_KK = torch.bincount(labels_N * classes + augmented_N, minlength=classes**2).view(classes, classes)
+    accuracy, accuracy_tta = ((answer == labels_N).double().mean().item() for answer in (plain_N, augmented_N))
+    return Evaluation(accuracy, accuracy_tta, probability_NK.cpu().numpy(), *scores(confusion_KK.cpu().numpy()))
+
+
+def scores(confusion_KK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The matrix itself and precision, recall and F1 of each class [K]; 0 where a class never occurs."""
+    hits_K = np.diag(confusion_KK).astype(float)
+    predicted_K, true_K = confusion_KK.sum(0), confusion_KK.sum(1)
+    precision_K = hits_K / np.maximum(predicted_K, 1)
+    recall_K = hits_K / np.maximum(true_K, 1)
+    f1_K = 2 * hits_K / np.maximum(predicted_K + true_K, 1)
+    return confusion_KK, precision_K, recall_K, f1_K
+
+
+def top_confusions(confusion_KK: np.ndarray, names: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """(true class, taken for, how often), the most frequent first."""
+    wrong_KK = confusion_KK - np.diag(np.diag(confusion_KK))
+    order = np.argsort(-wrong_KK, axis=None, kind="stable")[:CONFUSIONS]
+    pairs = [divmod(int(cell), len(names)) for cell in order]
+    return [(names[t], names[p], int(wrong_KK[t, p])) for t, p in pairs if wrong_KK[t, p]]
+
+
+def accuracy(model: nn.Module, loader: ResidentLoader) -> float:
+    """Share of a loader's images that the model gets right, without test-time augmentation."""
+    model.eval()
+    hits = sum((predict(model, x_BCHW).argmax(1) == y_B).sum() for x_BCHW, y_B in loader.epoch(0))
+    return float(hits) / len(loader.labels_N)

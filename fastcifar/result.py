@@ -1,0 +1,68 @@
+"""result.json: what a finished run says of itself."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastcifar.devices import peak_memory_bytes
+from fastcifar.evaluate import Evaluation
+from fastcifar.job import Job
+from fastcifar.recipes import Tta
+from fastcifar.run import source_commit
+from fastcifar.setup import Setup
+
+
+def describe_result(
+    job: Job,
+    setup: Setup,
+    evaluation: Evaluation,
+    steps: int,
+    train_s: float,
+    eval_s: float,
+    val_acc: float | None,
+    tta: Tta,
+) -> dict:
+    """Every key of result.json. `wall_s` is 0 until the moment before it is written.
+
+    `train_s` is the clock that speedrun papers use (steps only), `wall_s` the user's (since the process started). The
+    macro averages, like `test_acc_tta`, are of the answers with test-time augmentation. `val_acc` is null unless
+    images were held out for --target.
+    """
+    batch_size, dataset = job.settings.batch_size, setup.dataset
+    return {
+        "dataset": dataset.name,
+        "data_verified": dataset.verified,
+        "fallback_from": None if dataset.name == job.dataset else job.dataset,
+        "recipe": job.recipe,
+        "loader": job.loader,
+        "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
+        "seed": job.seed,
+        "budget_s": job.budget_s,
+        "wall_s": 0.0,
+        "compile_s": setup.compile_s,
+        "train_s": train_s,
+        "eval_s": eval_s,
+        "epochs": steps / len(setup.loader),
+        "steps": steps,
+        "images_per_s": steps * batch_size / train_s,
+        "val_acc": val_acc,
+        "test_acc": evaluation.accuracy,
+        "test_acc_tta": evaluation.accuracy_tta,
+        "tta_share": tta.share,
+        "macro_precision": float(evaluation.precision_K.mean()),
+        "macro_recall": float(evaluation.recall_K.mean()),
+        "macro_f1": float(evaluation.f1_K.mean()),
+        "params": sum(weight.numel() for weight in setup.model.parameters()),
+        "peak_memory_bytes": peak_memory_bytes(setup.device),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "commit": source_commit(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,153 @@
+"""The run folder: everything a training leaves behind, each file whole or absent.
+
+    config.yaml              the arguments that repeat the run step by step: `fastcifar train --config runs/NAME/config.yaml`
+    metrics.jsonl            a line a step
+    checkpoint.safetensors   the newest complete checkpoint, while training
+    model.safetensors        the trained weights
+    report.html              curves, confusion matrix, mistakes
+    result.json              written last: a folder that has it is complete
+"""
+
+import json
+import os
+import re
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from fastcifar.budget import Knot
+from fastcifar.errors import UsageError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, flush to disk, then rename: a reader, or a crash, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dump_yaml(config: dict) -> str:
+    """Tuples become lists and paths strings on the way."""
+    return yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout this package runs from, "-dirty" if it was changed since; None outside a checkout."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training halted after `step` steps. Tensors are named `model.*` and `optimizer.*`."""
+
+    tensors: dict
+    step: int
+    spent_s: float  # wall-clock used so far, from process start
+    train_s: float
+    knots: list[Knot]
+
+
+class RunFolder:
+    """One run's files. `create` makes a new folder, `open` takes one that holds a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def create(cls, out: Path | None, recipe: str) -> "RunFolder":
+        """Make the folder: `out`, or a new one under runs/. Raises UsageError if it already holds a run."""
+        path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe}-{os.getpid()}"
+        if (path / "config.yaml").exists():
+            raise UsageError(f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out: cannot make the folder {path}: {error.strerror}.", "another --out DIR") from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        if not (path / "config.yaml").is_file():
+            raise UsageError(f"{path} holds no run: there is no config.yaml in it.", "ls runs")
+        return cls(path)
+
+    def write_config(self, config: dict) -> None:
+        write_atomically(self.path / "config.yaml", dump_yaml(config).encode())
+
+    def write_model(self, state: dict) -> None:
+        from safetensors.torch import save
+
+        write_atomically(self.path / "model.safetensors", save({name: t.contiguous() for name, t in state.items()}))
+
+    def read_model(self) -> dict:
+        """The trained weights by name. Raises UsageError if there are none, or they are damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path / "model.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            hint = f"fastcifar train --resume {self.path}"
+            raise UsageError(f"{path}: no trained model can be read ({error}).", hint) from error
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        from safetensors.torch import save
+
+        facts = {name: value for name, value in asdict(checkpoint).items() if name != "tensors"}
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        write_atomically(self.path / "checkpoint.safetensors", save(tensors, {"facts": json.dumps(facts)}))
+
+    def read_checkpoint(self) -> Checkpoint:
+        """The newest checkpoint. Raises UsageError if the run has none: finished, or stopped before its first one."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / "checkpoint.safetensors"
+        if (self.path / "result.json").exists():
+            raise UsageError(f"{self.path}: this run is finished.", f"fastcifar eval {self.path}")
+        if not path.exists():
+            raise UsageError(f"{self.path}: stopped before its first checkpoint, nothing to resume.", "fastcifar train")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UsageError(f"{path}: damaged ({error}).", "fastcifar train") from error
+        facts["knots"] = [Knot(**knot) for knot in facts["knots"]]
+        return Checkpoint(tensors=tensors, **facts)
+
+    def finish(self, result: dict) -> None:
+        """Write result.json, after which the run is complete and the checkpoint goes."""
+        write_atomically(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+class Metrics:
+    """metrics.jsonl, a line a step, each written in one call so that a reader never sees half of one."""
+
+    def __init__(self, folder: RunFolder, steps_done: int = 0):
+        """Open for appending; lines of steps after `steps_done` were made past the checkpoint and are dropped."""
+        self.path = folder.path / "metrics.jsonl"
+        self.rows: list[dict] = []
+        if steps_done and self.path.exists():
+            complete = re.findall(r"^\{.*\}$", self.path.read_text(), flags=re.MULTILINE)
+            self.rows = [row for row in map(json.loads, complete) if row["step"] <= steps_done]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self.file = self.path.open("ab", buffering=0)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.file.write((json.dumps(row) + "\n").encode())

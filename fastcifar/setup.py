@@ -1,0 +1,158 @@
+"""Everything a training needs before its first step: data, loaders, model, optimizers, warmed up.
+
+Shapes: N images, B of a batch, C channels, H rows, W columns.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from fastcifar.data import source
+from fastcifar.data.dataset import Dataset, Split
+from fastcifar.data.resident import ResidentLoader
+from fastcifar.devices import pick_device, synchronize
+from fastcifar.display import Display
+from fastcifar.errors import DataMissing, UsageError
+from fastcifar.evaluate import predict
+from fastcifar.job import HELD_OUT, Job
+from fastcifar.models.speednet import SpeedNet
+from fastcifar.optim.schedule import build_optimizers
+from fastcifar.recipes import Recipe
+
+EVALUATION_BATCH = 1000
+WHITENING_IMAGES = 5000  # enough to estimate a 12 x 12 covariance
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `set_up` made. `forward` is the model, compiled where that pays; both share their weights."""
+
+    dataset: Dataset
+    device: torch.device
+    loader: ResidentLoader
+    test_loader: ResidentLoader
+    held_out_loader: ResidentLoader | None
+    model: SpeedNet
+    forward: nn.Module
+    optimizers: list[Optimizer]
+    compile_s: float
+    look_s: float  # to evaluate one image once
+
+
+def set_up(job: Job, display: Display) -> Setup:
+    """Raises DataError, DeviceError, UsageError."""
+    recipe = job.settings
+    device, dtype = pick_device(job.device), getattr(torch, recipe.dtype)
+    if recipe.dtype == "float16" and device.type == "cpu":
+        raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
+    dataset = open_dataset(job, display)
+    train, held_out = hold_out(dataset.train, HELD_OUT if job.target else 0)
+    if recipe.batch_size > len(train):
+        raise UsageError(
+            f"--batch_size: {recipe.batch_size} is more than the {len(train)} training images of {dataset.name}.",
+            f"--batch_size {len(train)}",
+        )
+
+    def plain_loader(split: Split) -> ResidentLoader:
+        return ResidentLoader(split, batch_size=EVALUATION_BATCH, dtype=dtype, device=device)
+
+    loader = ResidentLoader(
+        train,
+        batch_size=recipe.batch_size,
+        dtype=dtype,
+        device=device,
+        augment=recipe.augment,
+        shuffle=True,
+        seed=job.seed,
+    )
+    model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
+    first_images = torch.arange(min(WHITENING_IMAGES, len(train)), device=device)
+    model.fit_whitening(loader.take(first_images), recipe.model.whiten_eps)
+    forward = torch.compile(model) if recipe.compile and device.type == "cuda" else model
+    compile_s = warm_up(forward, model, recipe, loader)
+    return Setup(
+        dataset,
+        device,
+        loader,
+        plain_loader(dataset.test),
+        plain_loader(held_out) if job.target else None,
+        model,
+        forward,
+        build_optimizers(model, recipe.optim, recipe.batch_size),
+        compile_s,
+        time_a_look(model, loader),
+    )
+
+
+def open_dataset(job: Job, display: Display) -> Dataset:
+    """The data set asked for, or the fallback if it is nowhere and one was named; says what is unusual about it."""
+    try:
+        dataset = source.load(job.dataset, job.data, progress=display.work)
+    except DataMissing as error:
+        if job.fallback_dataset is None:
+            raise
+        display.say(f"! {error.message}\n! training on {job.fallback_dataset} instead, as --fallback-dataset says")
+        dataset = source.load(job.fallback_dataset, None, progress=display.work)
+    display.close()
+    if dataset.warning:
+        display.say(f"! {dataset.warning}")
+    return dataset
+
+
+def hold_out(split: Split, count: int) -> tuple[Split, Split]:
+    """(rest, `count` images drawn with a fixed seed, so that every run is judged on the same ones)."""
+    order_N = np.random.default_rng(0).permutation(len(split))
+    taken, rest = np.sort(order_N[:count]), np.sort(order_N[count:])
+    return tuple(Split(split.images_NHWC[ids], split.labels_N[ids]) for ids in (rest, taken))  # type: ignore[return-value]
+
+
+def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:
+    """The recipe's model with fresh weights, channels-last, on the CPU."""
+    torch.manual_seed(seed)
+    return SpeedNet(classes, recipe.model.widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, loader: ResidentLoader) -> float:
+    """Compile what will be compiled; returns the seconds it took. Weights and statistics are as before.
+
+    On a CPU that is the loader's kernel. On CUDA, the graphs of every stage, with and without the whitening bias.
+    """
+    began_s = time.monotonic()
+    x_BCHW = loader.take(torch.arange(recipe.batch_size, device=loader.device))
+    if loader.device.type == "cuda":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for learns in (True, False):
+            model.whiten.bias.requires_grad_(learns)
+            for stage in recipe.stages:
+                with torch.autocast("cuda", x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
+                    logits_BK = forward(resize(x_BCHW, stage.image_px))
+                logits_BK.float().sum().backward()
+        model.zero_grad(set_to_none=True)
+        model.whiten.bias.requires_grad_(True)
+        model.load_state_dict(before)
+        synchronize(loader.device)
+    return time.monotonic() - began_s
+
+
+def time_a_look(model: SpeedNet, loader: ResidentLoader) -> float:
+    """Seconds that the model takes to classify one image: the second of two batches, which finds memory ready."""
+    model.eval()
+    x_BCHW = loader.take(torch.arange(min(500, len(loader.labels_N)), device=loader.device))
+    for _ in range(2):
+        began_s = time.monotonic()
+        predict(model, x_BCHW)
+        synchronize(loader.device)
+    return (time.monotonic() - began_s) / len(x_BCHW)
+
+
+def resize(x_BCHW: torch.Tensor, image_px: int) -> torch.Tensor:
+    """The images at another size, antialiased; float32 inside, which the CPU's bilinear filter needs."""
+    if x_BCHW.size(3) == image_px:
+        return x_BCHW
+    small = F.interpolate(x_BCHW.float(), size=image_px, mode="bilinear", antialias=True)
+    return small.to(x_BCHW.dtype, memory_format=torch.channels_last)

@@ -1,0 +1,205 @@
+"""The training loop: the file to read first.
+
+One batch's way: data set -> loader -> images [B, 3, H, W] on the device -> resized for the stage -> forward, loss,
+backward, optimizers -> a row of metrics. `train` tells the whole story, from a job to a result; `fit` is its loop and
+`train_step` one step of it.
+
+Shapes: B images of a batch, C channels, H rows, W columns, K classes.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcifar.budget import Knot, Pace, stage_at
+from fastcifar.devices import out_of_memory_named
+from fastcifar.display import Display
+from fastcifar.errors import DivergedError, UsageError
+from fastcifar.evaluate import accuracy, evaluate
+from fastcifar.interrupts import Interrupts
+from fastcifar.job import Job
+from fastcifar.optim.schedule import set_learning_rates
+from fastcifar.recipes import Recipe, Tta
+from fastcifar.report import write_report
+from fastcifar.result import describe_result
+from fastcifar.run import Checkpoint, Metrics, RunFolder
+from fastcifar.setup import Setup, resize, set_up
+
+CHECKPOINT_EVERY_S = 30.0
+JUDGE_EVERY = 0.05  # progress between two looks at the held-out images
+REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
+EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
+
+
+@dataclass
+class Position:
+    """How far a training is."""
+
+    step: int = 0
+    train_s: float = 0.0
+
+
+def train(job: Job, folder: RunFolder, display: Display, started_s: float, resume: bool = False) -> dict:
+    """Train as `job` says, leave everything in `folder`, return what result.json holds.
+
+    Args:
+        started_s: when the process began, on the clock of time.monotonic().
+        resume: go on from the folder's checkpoint; the time it had spent counts against the budget.
+
+    Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
+    """
+    interrupts, recipe = Interrupts(), job.settings
+    checkpoint = folder.read_checkpoint() if resume else None
+    if checkpoint is None:
+        folder.write_config(job.config())
+    else:
+        started_s -= checkpoint.spent_s
+    setup = set_up(job, display)
+
+    if job.budget_s is not None:
+        deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
+        pace = Pace(recipe.stages, job.plan, deadline_s)
+    else:
+        steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
+        pace, tta = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)]), recipe.tta
+    position, val_acc = Position(), None
+    if checkpoint is not None:
+        position = restore(setup, pace, checkpoint)
+    metrics = Metrics(folder, position.step)
+
+    saved_s, judged = time.monotonic(), pace.progress(position.step)
+    with interrupts.held(), out_of_memory_named(recipe.batch_size):
+        for rows in fit(setup, recipe, pace, position):
+            progress, now_s = rows[-1]["progress"], time.monotonic()
+            if setup.held_out_loader and (progress >= min(1.0, judged + JUDGE_EVERY)):
+                val_acc = rows[-1]["val_accuracy"] = accuracy(setup.model, setup.held_out_loader)
+                judged = progress
+            for row in rows:
+                metrics.add(row | {"wall_s": now_s - started_s})
+            display.update(rows[-1], pace.steps, position.train_s * (1 / progress - 1) if progress else math.nan)
+            if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
+                folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s))
+                saved_s = time.monotonic()
+            if interrupts.caught:
+                raise KeyboardInterrupt
+            if job.target and val_acc and val_acc >= job.target:
+                break
+    display.close()
+
+    evaluation_began_s = time.monotonic()
+    evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), tta)
+    eval_s = time.monotonic() - evaluation_began_s
+    folder.write_model(setup.model.state_dict())
+    result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, tta)
+    write_report(folder, result, metrics.rows, evaluation, setup.dataset)
+    folder.write_config(replace(job, budget=None, plan=pace.knots).config())
+    result["wall_s"] = time.monotonic() - started_s
+    folder.finish(result)
+    return result
+
+
+def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterator[list[dict]]:
+    """Train on from `position` until all progress is made; yields rows of metrics whenever the device was waited for.
+
+    A CPU is waited for at every step. A GPU runs ahead of the program, so it is asked for its numbers ever more rarely, at
+    last once an epoch. What the caller does in between counts as no training time.
+
+    Raises DivergedError.
+    """
+    loader, pending = setup.loader, []
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=recipe.dtype == "float16")
+    longest = 1 if setup.device.type == "cpu" else len(loader)
+    length, resumed_s = 1, time.monotonic()
+    for epoch in itertools.count(position.step // len(loader)):
+        for x_BCHW, y_B in loader.epoch(epoch, first_batch=position.step % len(loader)):
+            progress = pace.progress(position.step)
+            if progress >= 1:
+                return
+            image_px = stage_at(recipe.stages, progress).image_px
+            lr = set_learning_rates(setup.optimizers, progress, recipe.optim.warmup)
+            loss, hits = train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
+            position.step += 1
+            pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
+            if len(pending) < length and pace.progress(position.step) < 1:
+                continue
+
+            read = [(row, loss.item() / recipe.batch_size, hits.item() / recipe.batch_size) for row, loss, hits in pending]
+            now_s = time.monotonic()
+            seconds = (now_s - resumed_s) / len(pending)
+            position.train_s += now_s - resumed_s
+            pace.measured(position.step, image_px, seconds, now_s)
+            rows = []
+            for row, loss, hits in read:
+                if not math.isfinite(loss):
+                    raise DivergedError(
+                        f"The loss is {loss} at step {row['step']} of {pace.steps}, the learning rate at {row['lr']:.0%} of its peak.",
+                        f"--optim.muon_lr {recipe.optim.muon_lr / 2:g}",
+                    )
+                progress = {"epoch": row["step"] / len(loader), "progress": pace.progress(row["step"])}
+                rows.append(row | progress | {"loss": loss, "accuracy": hits, "images_per_s": recipe.batch_size / seconds})
+            yield rows
+            pending, length, resumed_s = [], min(2 * length, longest), time.monotonic()
+
+
+def train_step(
+    setup: Setup, recipe: Recipe, scaler: torch.amp.GradScaler, x_BCHW: Tensor, y_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One update of the weights; returns the loss summed over the batch and the number of right answers, unread."""
+    setup.model.train()
+    with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
+        logits_BK = setup.forward(x_BCHW).float()
+    loss = F.cross_entropy(logits_BK, y_B, label_smoothing=recipe.label_smoothing, reduction="sum")
+    scaler.scale(loss).backward()
+    for optimizer in setup.optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    setup.model.zero_grad(set_to_none=True)
+    return loss.detach(), (logits_BK.detach().argmax(1) == y_B).sum()
+
+
+def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:
+    """When training must end for the evaluation to be done in time, and the share of images there is time to look at again.
+
+    Raises UsageError if that leaves nearly nothing to train.
+    """
+    images = len(setup.test_loader.labels_N)
+    views = 6 if tta.shift_px else 2
+    affordable = (EVALUATION_SHARE * budget_s / setup.look_s / images - 1) / views
+    tta = replace(tta, share=min(tta.share, max(0.0, affordable)))
+    ending_s = setup.look_s * images * (1 + views * tta.share) + REPORT_S
+    left_s = started_s + budget_s - ending_s - time.monotonic()
+    if left_s < 0.2 * budget_s:
+        needed_s = math.ceil((budget_s - left_s) / 0.7)
+        raise UsageError(
+            f"--budget: of {budget_s:g} s only {max(0, left_s):.1f} s are left to train, set-up and evaluation take the rest.",
+            f"--budget {needed_s}s",
+        )
+    return started_s + budget_s - ending_s, tta
+
+
+def capture(setup: Setup, pace: Pace, position: Position, spent_s: float) -> Checkpoint:
+    """The training as it stands, for `RunFolder.write_checkpoint`."""
+    tensors = {f"model.{name}": value for name, value in setup.model.state_dict().items()}
+    for number, optimizer in enumerate(setup.optimizers):
+        for weight, state in optimizer.state_dict()["state"].items():
+            tensors[f"optimizer.{number}.{weight}"] = state["momentum_buffer"]
+    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
+
+
+def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint) -> Position:
+    """Bring model, optimizers and pace to where `capture` saw them."""
+    model = {name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")}
+    setup.model.load_state_dict(model)
+    for number, optimizer in enumerate(setup.optimizers):
+        prefix = f"optimizer.{number}."
+        momenta = {int(n.removeprefix(prefix)): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        state = {weight: {"momentum_buffer": momentum} for weight, momentum in momenta.items()}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    pace.knots = list(checkpoint.knots)
+    return Position(checkpoint.step, checkpoint.train_s)

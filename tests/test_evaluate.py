@@ -1,0 +1,67 @@
+"""Accuracy, precision, recall, F1, confusion and test-time augmentation."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastcifar.data.dataset import Split
+from fastcifar.data.resident import ResidentLoader
+from fastcifar.evaluate import accuracy, evaluate, predict, predict_views, scores, top_confusions
+from fastcifar.models.speednet import SpeedNet
+from fastcifar.recipes import Tta
+
+
+@pytest.fixture
+def loader() -> ResidentLoader:
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (130, 32, 32, 3), np.uint8), rng.integers(0, 5, 130).astype(np.uint8))
+    return ResidentLoader(split, batch_size=50, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def model() -> SpeedNet:
+    torch.manual_seed(0)
+    return SpeedNet(5, (8, 8, 8)).to(memory_format=torch.channels_last)
+
+
+def test_scores_by_hand():
+    confusion = np.array([[8, 2, 0], [1, 6, 0], [0, 0, 0]])
+    _, precision, recall, f1 = scores(confusion)
+    assert precision == pytest.approx([8 / 9, 6 / 8, 0])
+    assert recall == pytest.approx([8 / 10, 6 / 7, 0])
+    assert f1 == pytest.approx([16 / 19, 12 / 15, 0])
+
+
+def test_top_confusions_are_the_largest_cells_off_the_diagonal():
+    confusion = np.array([[50, 3, 0], [7, 40, 1], [0, 0, 30]])
+    assert top_confusions(confusion, ("cat", "dog", "ship")) == [("dog", "cat", 7), ("cat", "dog", 3), ("dog", "ship", 1)]
+
+
+def test_evaluation_without_augmentation_is_the_plain_answer(model, loader):
+    model.eval()
+    answers = torch.cat([predict(model, x) for x, _ in loader.epoch(0)]).argmax(1)
+    expected = (answers == loader.labels_N).float().mean().item()
+    found = evaluate(model, loader, 5, Tta(share=0.0))
+    assert found.accuracy == found.accuracy_tta == pytest.approx(expected)
+    assert accuracy(model, loader) == pytest.approx(expected)
+    assert found.confusion_KK.sum() == 130
+    assert np.diag(found.confusion_KK).sum() == pytest.approx(expected * 130)
+
+
+def test_full_augmentation_is_the_weighted_mean_of_six_views(model, loader):
+    model.eval()
+    x = loader.take(torch.arange(130))
+    padded = torch.nn.functional.pad(x, (1,) * 4, "reflect")
+    views = [(x, 1 / 4), (padded[:, :, :32, :32], 1 / 8), (padded[:, :, 2:, 2:], 1 / 8)]
+    expected = sum(weight * (predict(model, view) + predict(model, view.flip(3))) for view, weight in views)
+    torch.testing.assert_close(predict_views(model, x, 1), expected)
+    found = evaluate(model, loader, 5, Tta(share=1.0))
+    np.testing.assert_allclose(found.probability_NK, expected, atol=1e-5)
+
+
+def test_only_the_least_sure_images_are_looked_at_again(model, loader):
+    plain = evaluate(model, loader, 5, Tta(share=0.0)).probability_NK
+    half = evaluate(model, loader, 5, Tta(share=0.5)).probability_NK
+    changed = np.abs(plain - half).max(1) > 1e-9
+    assert changed.sum() == 65
+    assert plain.max(1)[changed].max() <= plain.max(1)[~changed].min()
