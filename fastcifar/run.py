@@ -24,7 +24,10 @@ from fastcifar.errors import UsageError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush to disk, then rename: a reader, or a crash, sees the old file or the new one."""
+    """Write beside `path`, flush to disk, then rename: a reader, or a crash, sees the old file or the new one.
+
+    Raises UsageError if the disk is full or does not let us.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -32,6 +35,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"--out: cannot write {path}: {error.strerror}.", "--out DIR on another disk") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -118,25 +118,27 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:
 
 
 def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, loader: ResidentLoader) -> float:
-    """Compile what will be compiled; returns the seconds it took. Weights and statistics are as before.
-
-    On a CPU that is the loader's kernel. On CUDA, the graphs of every stage, with and without the whitening bias.
-    """
+    """Compile what will be compiled, the loader's kernel and on CUDA the model; returns the seconds it took."""
     began_s = time.monotonic()
     x_BCHW = loader.take(torch.arange(recipe.batch_size, device=loader.device))
-    if loader.device.type == "cuda":
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        for learns in (True, False):
-            model.whiten.bias.requires_grad_(learns)
-            for stage in recipe.stages:
-                with torch.autocast("cuda", x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
-                    logits_BK = forward(resize(x_BCHW, stage.image_px))
-                logits_BK.float().sum().backward()
-        model.zero_grad(set_to_none=True)
-        model.whiten.bias.requires_grad_(True)
-        model.load_state_dict(before)
+    if forward is not model:
+        compile_graphs(forward, model, recipe, x_BCHW)
         synchronize(loader.device)
     return time.monotonic() - began_s
+
+
+def compile_graphs(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: torch.Tensor) -> None:
+    """Run every shape and kind of step once, forward and backward; leaves weights and statistics as they were."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.whiten.bias is not None
+    for learns in (False, True):
+        model.whiten.bias.requires_grad_(learns)
+        for image_px in {stage.image_px for stage in recipe.stages}:
+            with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
+                logits_BK = forward(resize(x_BCHW, image_px))
+            logits_BK.float().sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
 
 
 def time_a_look(model: SpeedNet, loader: ResidentLoader) -> float:

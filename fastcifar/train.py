@@ -73,7 +73,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         position = restore(setup, pace, checkpoint)
     metrics = Metrics(folder, position.step)
 
-    saved_s, judged = time.monotonic(), pace.progress(position.step)
+    saved_s, judged = -math.inf, pace.progress(position.step)
     with interrupts.held(), out_of_memory_named(recipe.batch_size):
         for rows in fit(setup, recipe, pace, position):
             progress, now_s = rows[-1]["progress"], time.monotonic()

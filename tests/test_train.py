@@ -1,0 +1,210 @@
+"""Whole trainings, small: they learn, they repeat, they survive, they end in time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastcifar.display import Display
+from fastcifar.errors import DivergedError, UsageError
+from fastcifar.job import Job
+from fastcifar.recipes import Model, Optim, Recipe, Stage, Tta
+from fastcifar.run import RunFolder
+from fastcifar.setup import compile_graphs, resize, set_up
+from fastcifar.train import train, train_step
+
+SMALL = Recipe(
+    batch_size=125,
+    model=Model(widths=(16, 32, 32)),
+    stages=(Stage(20, 0.5), Stage(32, 1.0)),
+    tta=Tta(share=0.2),
+)
+
+
+@pytest.fixture
+def job(small_cifar) -> Job:
+    return Job("speed", SMALL, data=small_cifar, device="cpu", steps=20)
+
+
+def run_to_end(job: Job, path: Path) -> dict:
+    return train(job, RunFolder.create(path, job.recipe), Display(), time.monotonic())
+
+
+def weights(path: Path) -> dict:
+    return load_file(path / "model.safetensors")
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True, **options)
+
+
+KEYS = """dataset data_verified recipe loader device seed budget_s wall_s compile_s train_s eval_s epochs steps images_per_s
+val_acc test_acc test_acc_tta macro_precision macro_recall macro_f1 params peak_memory_bytes torch triton commit""".split()
+
+
+def test_a_run_leaves_everything_it_should(job, tmp_path):
+    result = run_to_end(job, tmp_path / "run")
+    assert set(KEYS) <= set(result)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == result
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "report.html",
+        "result.json",
+    ]
+    assert result["data_verified"] is False
+    assert result["steps"] == 20
+    assert result["epochs"] == pytest.approx(20 * 125 / 2000)
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 21))
+    assert {row["image_px"] for row in rows(tmp_path / "run")} == {20, 32}
+    page = (tmp_path / "run/report.html").read_text()
+    for part in ("Confusion matrix", "Most confidently wrong", "<svg", "data:image/png;base64", "not CIFAR-10"):
+        assert part in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+
+
+def test_it_learns_shapes(tmp_path):
+    """A few hundred small steps on shapes10 get far beyond what pixels alone tell."""
+    recipe = replace(SMALL, batch_size=500, model=Model(widths=(32, 64, 64)))
+    result = run_to_end(Job("speed", recipe, dataset="shapes10", device="cpu", steps=150), tmp_path / "run")
+    assert result["test_acc"] > 0.75
+    assert result["test_acc_tta"] > 0.75
+
+
+def test_two_runs_with_one_seed_are_equal_to_the_bit(job, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_to_end(replace(job, seed=seed), tmp_path / name)
+    one, same, other = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_budget_run_is_replayed_by_its_config(small_cifar, tmp_path):
+    """The steps a budget was found to buy stand in config.yaml, which repeats them exactly."""
+    fields = ["--batch-size", "125", "--model.widths", "[16,32,32]", "--data", str(small_cifar), "--device", "cpu"]
+    first = fastcifar("train", "--budget", "15s", *fields, "--out", str(tmp_path / "first"))
+    assert first.returncode == 0, first.stderr
+    again = fastcifar("train", "--config", str(tmp_path / "first/config.yaml"), "--out", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr
+    one, same = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "again")]
+    assert results[0]["steps"] == results[1]["steps"]
+    assert results[0]["test_acc"] == results[1]["test_acc"]
+
+
+def test_a_budget_of_20_seconds_is_kept_on_a_slow_machine(tmp_path):
+    """The full recipe on shapes10 with a single thread: in time, with nine tenths of it used, the schedule at its end."""
+    fastcifar("data", "prepare", "--dataset", "shapes10")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    only_one_core = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if sys.platform == "linux" else None
+    words = ("train", "--dataset", "shapes10", "--budget", "20s", "--device", "cpu", "--json", "--out", str(tmp_path / "run"))
+    began = time.monotonic()
+    done = fastcifar(*words, env=environment, preexec_fn=only_one_core)
+    took_s = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "run/result.json").read_text())
+    assert 18 <= result["wall_s"] <= 21
+    assert took_s - 1 <= result["wall_s"] <= took_s
+    last = rows(tmp_path / "run")[-1]
+    assert last["progress"] == 1
+    assert last["lr"] < 0.1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(how, small_cifar, tmp_path):
+    fields = ["--batch-size", "125", "--model.widths", "[16,32,32]", "--data", str(small_cifar), "--device", "cpu"]
+    words = ["train", *fields, "--steps", "150"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastcifar", *words, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 30):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    if how != signal.SIGKILL:  # which leaves no time to say goodbye: the last regular checkpoint must do
+        assert process.returncode == 130
+        assert f"fastcifar train --resume {tmp_path / 'run'}" in said
+    assert not (tmp_path / "run/result.json").exists()
+    resumed = fastcifar("train", "--resume", str(tmp_path / "run"))
+    assert resumed.returncode == 0, resumed.stderr
+    whole = fastcifar(*words, "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    one, same = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert [row["loss"] for row in rows(tmp_path / "run")] == [row["loss"] for row in rows(tmp_path / "whole")]
+    assert fastcifar("train", "--resume", str(tmp_path / "run")).returncode == 2, "a finished run is not resumed"
+
+
+def test_time_spent_before_an_interruption_counts(job, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "speed")
+    job = replace(job, steps=None, budget="60s")
+    setup_began = time.monotonic() - 54
+    with pytest.raises(UsageError, match="--budget"):
+        train(job, folder, Display(), setup_began)
+
+
+def test_target_stops_early(small_cifar, tmp_path):
+    job = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=2000, target=0.3)
+    result = run_to_end(job, tmp_path / "run")
+    assert 0.3 <= result["val_acc"] < 1
+    assert result["steps"] < 1000
+    assert [row for row in rows(tmp_path / "run") if "val_accuracy" in row]
+
+
+def test_held_out_images_are_not_trained_on():
+    job = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=1, target=0.9)
+    setup = set_up(job, Display())
+    train_images = {image.tobytes() for image in setup.loader.images_NHWC.numpy()}
+    assert setup.held_out_loader is not None
+    held_out = [image.tobytes() for image in setup.held_out_loader.images_NHWC.numpy()]
+    assert len(held_out) == 5000
+    assert len(setup.loader.labels_N) == 45_000
+    assert not train_images & set(held_out)
+
+
+def test_divergence_ends_the_run_with_its_place(job, tmp_path):
+    settings = replace(SMALL, dtype="float32", optim=Optim(head_lr=1e30))
+    with pytest.raises(DivergedError, match=r"step \d+ of 20"):
+        run_to_end(replace(job, settings=settings), tmp_path / "run")
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_warming_up_leaves_no_trace(job):
+    """What CUDA compiles before the clock starts must not move a weight or a statistic."""
+    setup = set_up(job, Display())
+    before = {name: value.clone() for name, value in setup.model.state_dict().items()}
+    compile_graphs(setup.model, setup.model, SMALL, setup.loader.take(torch.arange(16)))
+    assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
+    assert all(weight.grad is None for weight in setup.model.parameters())
+    assert setup.model.whiten.bias.requires_grad
+
+
+def test_float16_steps_as_float32_does(job):
+    """The path that CUDA takes with --dtype float16, tiny and on the CPU: scaled gradients, the same update."""
+    updates = []
+    for dtype in (torch.float32, torch.float16):
+        setup = set_up(replace(job, settings=replace(SMALL, dtype="float32", model=Model(widths=(8, 8, 8)))), Display())
+        before = {name: value.clone() for name, value in setup.model.named_parameters()}
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        x_BCHW, y_B = next(iter(setup.loader.epoch(0)))
+        train_step(setup, SMALL, scaler, resize(x_BCHW[:8], 18).to(dtype), y_B[:8])
+        updates.append(torch.cat([(w - before[n]).flatten() for n, w in setup.model.named_parameters()]))
+    assert updates[0].norm() > 0
+    assert (updates[0] - updates[1]).norm() < 0.05 * updates[0].norm()
