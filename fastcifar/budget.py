@@ -104,6 +104,11 @@ class Pace:
             begin += share
         return total_s / (1 - progress)
 
+    def left_s(self, step: int) -> float:
+        """Expected seconds until the training ends, `step` steps being done."""
+        progress = self.progress(step)
+        return (self.steps - step) * self.mean_cost_s(progress) if progress < 1 else 0.0
+
     def measured(self, step: int, image_px: int, seconds: float, now_s: float) -> None:
         """Note what a step took; `step` steps are done now. Changes the plan if the rest would not fit, or leave time."""
         if image_px in self.first_s:

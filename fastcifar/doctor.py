@@ -9,6 +9,7 @@ import torch
 from fastcifar import __version__, process
 from fastcifar.data import augment
 from fastcifar.data.dataset import Split
+from fastcifar.data.download import import_torchvision
 from fastcifar.data.resident import ResidentLoader
 from fastcifar.recipes import Augment
 from fastcifar.report import processor
@@ -31,14 +32,16 @@ def examine() -> list[tuple[str, str]]:
         ("allocator", describe_allocator()),
         *describe_gpus(),
         ("loader resident", try_resident()),
+        ("download", try_torchvision()),
+        ("parquet files", "can be read" if installed("pyarrow") else "need: pip install 'fastcifar[parquet]'"),
+        ("triton kernels", try_triton()),
     ]
 
 
 def cpu_capability() -> str:
     """What torch's own kernels use, and whether the matrix units that bfloat16 lives on are there."""
-    supported = torch.backends.cpu.get_capabilities() if hasattr(torch.backends.cpu, "get_capabilities") else {}
-    amx = "with" if supported.get("amx_bf16") else "without"
-    return f"{torch.backends.cpu.get_cpu_capability()}, {amx} AMX bfloat16"
+    with_amx = torch.cpu._is_amx_tile_supported()
+    return f"{torch.backends.cpu.get_cpu_capability()}, {'with' if with_amx else 'without'} AMX for bfloat16"
 
 
 def describe_allocator() -> str:
@@ -70,3 +73,18 @@ def try_resident() -> str:
     if not torch.equal(x_BCHW, augment.apply_torch(loader.images_NHWC, ids_B, draws, loader.plain_table)):
         return "its numba kernel disagrees with plain torch: please report this"
     return "works; its numba kernel agrees with plain torch"
+
+
+def try_torchvision() -> str:
+    try:
+        import_torchvision()
+    except ImportError as error:
+        return f"does not work: torchvision cannot be imported ({error})"
+    return "works, given a network"
+
+
+def try_triton() -> str:
+    """Nothing here uses one yet; say whether one could run."""
+    if not installed("triton"):
+        return "triton is not installed (it exists for Linux only)"
+    return "would run on the GPU" if torch.cuda.is_available() else "would run in triton's interpreter, for want of a GPU"

@@ -147,10 +147,14 @@ class Recipe:
 
 
 # The whitened convnet of the CIFAR-10 speed records (cifar10-airbench), on images that grow while it learns: the early
-# steps see 20 pixels and cost half of the late ones.
+# steps see 20 pixels and cost half of the late ones. Source of the choices that differ: LOG.md, 2026-11-20.
+#   fastcifar train --recipe speed --budget 5min
+# @@SPEED_FIGURES@@
 SPEED = Recipe(
+    batch_size=1000,
+    epochs=10.0,
     stages=(Stage(image_px=20, until=0.3), Stage(image_px=24, until=0.6), Stage(image_px=32, until=1.0)),
-    tta=Tta(share=0.5),
+    tta=Tta(share=0.25),
 )
 
 RECIPES = {"speed": SPEED}

@@ -50,6 +50,7 @@ def set_up(job: Job, display: Display) -> Setup:
     device, dtype = pick_device(job.device), getattr(torch, recipe.dtype)
     if recipe.dtype == "float16" and device.type == "cpu":
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
+    torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
     train, held_out = hold_out(dataset.train, HELD_OUT if job.target else 0)
     if recipe.batch_size > len(train):

@@ -61,6 +61,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     else:
         started_s -= checkpoint.spent_s
     setup = set_up(job, display)
+    display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
 
     if job.budget_s is not None:
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
@@ -82,7 +83,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
                 judged = progress
             for row in rows:
                 metrics.add(row | {"wall_s": now_s - started_s})
-            display.update(rows[-1], pace.steps, position.train_s * (1 / progress - 1) if progress else math.nan)
+            display.update(rows[-1], pace.steps, pace.left_s(position.step))
             if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
                 folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s))
                 saved_s = time.monotonic()

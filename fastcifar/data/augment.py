@@ -68,12 +68,15 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int, de
     return Draws(shift_N2, mirror_N, cutout_N2, augment.cutout_px, scale_N, offset_N)
 
 
-def value_table(dtype: torch.dtype, scale_B: Tensor, offset_B: Tensor) -> Tensor:
-    """[B, C, V]: what each pixel value becomes, by image and channel, rounded to `dtype`."""
-    device = scale_B.device
+def normalised_values(device: torch.device | str) -> Tensor:
+    """[C, V] float32: each pixel value less the channel's mean, over its standard deviation."""
     values_V = torch.arange(256, dtype=torch.float32, device=device) / 255
-    mean_C1, std_C1 = torch.tensor(MEAN_C, device=device)[:, None], torch.tensor(STD_C, device=device)[:, None]
-    normalised_CV = (values_V - mean_C1) / std_C1
+    mean_C, std_C = torch.tensor(MEAN_C, device=device), torch.tensor(STD_C, device=device)
+    return (values_V - mean_C[:, None]) / std_C[:, None]
+
+
+def value_table(normalised_CV: Tensor, scale_B: Tensor, offset_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, C, V]: what each pixel value becomes, by image and channel, rounded to `dtype`."""
     return (normalised_CV * scale_B[:, None, None] + offset_B[:, None, None]).to(dtype)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from fastcifar.data.cache import FULL, storage_error
-from fastcifar.errors import DataError
+from fastcifar.errors import DataError, DataMissing
 
 TIMEOUT_S = 10
 
@@ -18,7 +18,7 @@ _declared = []  # a torch.library.Library forgets its operators when it is colle
 def download(url: str, md5: str, folder: Path) -> Path:
     """Fetch `url` into `folder` and return where it lies; under its final name there is only ever the whole file.
 
-    Raises DataError: no network, the wrong MD5, no room.
+    Raises DataMissing: no network. DataError: the wrong MD5, no room.
     """
     name = url.rsplit("/", 1)[-1]
     utils = import_torchvision().datasets.utils
@@ -35,7 +35,10 @@ def download(url: str, md5: str, folder: Path) -> Path:
                 if getattr(error, "errno", None) in FULL:
                     raise
                 reason = getattr(error, "reason", error)
-                raise DataError(f"Cannot download {url}: {reason}. Is there a network?") from error
+                raise DataMissing(
+                    f"No --data is given, $FASTCIFAR_DATA is not set, {folder} holds no {name}, and it cannot be "
+                    f"downloaded from {url}: {reason}. Is there a network?"
+                ) from error
             os.replace(Path(unfinished) / name, folder / name)
     except OSError as error:
         raise storage_error(error, folder) from error

@@ -40,7 +40,8 @@ class ResidentLoader:
         self.batch_size, self.dtype, self.device = batch_size, dtype, device
         self.augment, self.shuffle, self.seed = augment, shuffle, seed
         self.plain_draws = aug.draw(PLAIN, len(self.labels_N), self.images_NHWC.size(1), seed, 0, device)
-        self.plain_table = aug.value_table(dtype, torch.ones(1, device=device), torch.zeros(1, device=device))
+        self.normalised_CV = aug.normalised_values(device)
+        self.plain_table = self.normalised_CV[None].to(dtype)
         self.apply = aug.apply_numba if device.type == "cpu" else torch.compile(aug.apply_torch)
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class ResidentLoader:
             ids_B = order_N[batch * self.batch_size : (batch + 1) * self.batch_size]
             table_BCV = self.plain_table
             if self.augment.brightness or self.augment.contrast:
-                table_BCV = aug.value_table(self.dtype, draws.scale_N[ids_B], draws.offset_N[ids_B])
+                table_BCV = aug.value_table(self.normalised_CV, draws.scale_N[ids_B], draws.offset_N[ids_B], self.dtype)
             yield self.apply(self.images_NHWC, ids_B, draws, table_BCV), self.labels_N[ids_B]
 
     def take(self, ids_B: Tensor) -> Tensor:

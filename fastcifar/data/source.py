@@ -60,7 +60,8 @@ def load(dataset: str, path: Path | None = None, progress: Progress | None = Non
     If `path` is given it must hold the data set, else $FASTCIFAR_DATA must if that is set; else the cache folder is
     tried, then the network. shapes10 is generated.
 
-    Raises DataError (nothing there, damaged, no room, no network) and UsageError (no such data set).
+    Raises DataMissing (nowhere, and no network), DataError (damaged, no room, not what was named) and UsageError (no
+    such data set).
     """
     return _load(dataset, path, progress, reuse=True)
 
@@ -260,6 +261,6 @@ def _explained(hint: str):
     except DataError as error:
         if error.hint:
             raise
-        raise DataError(error.message, hint) from error
+        raise type(error)(error.message, hint) from error
     except OSError as error:
         raise DataError(f"Cannot read {error.filename or 'the data'}: {error.strerror or error}.", hint) from error

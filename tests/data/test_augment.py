@@ -17,7 +17,7 @@ EVERYTHING = Augment(crop_px=4, flip="random", cutout_px=9, brightness=0.2, cont
 def apply_both(augment: Augment, dtype: torch.dtype, seed: int = 0, images_NHWC=IMAGES_NHWC):
     draws = aug.draw(augment, len(images_NHWC), images_NHWC.size(1), seed, 0, "cpu")
     ids_B = torch.randperm(len(images_NHWC))[:30]
-    table = aug.value_table(dtype, draws.scale_N[ids_B], draws.offset_N[ids_B])
+    table = aug.value_table(aug.normalised_values("cpu"), draws.scale_N[ids_B], draws.offset_N[ids_B], dtype)
     return draws, ids_B, [apply(images_NHWC, ids_B, draws, table) for apply in (aug.apply_torch, aug.apply_numba)]
 
 
@@ -59,7 +59,7 @@ def test_torch_equals_one_image_at_a_time():
 def test_compiled_equals_eager():
     """CUDA runs the compiled form; Inductor compiles it for the CPU as well."""
     draws, ids_B, (plain, _) = apply_both(EVERYTHING, torch.bfloat16)
-    table = aug.value_table(torch.bfloat16, draws.scale_N[ids_B], draws.offset_N[ids_B])
+    table = aug.value_table(aug.normalised_values("cpu"), draws.scale_N[ids_B], draws.offset_N[ids_B], torch.bfloat16)
     compiled = torch.compile(aug.apply_torch, fullgraph=True)
     assert torch.equal(compiled(IMAGES_NHWC, ids_B, draws, table), plain)
 
@@ -94,9 +94,8 @@ def test_seeds_epochs_and_streams_share_nothing():
 
 
 def test_normalised_by_mean_and_deviation():
-    table_CV = aug.value_table(torch.float32, torch.ones(1), torch.zeros(1))[0]
     expected = (torch.arange(256)[None] / 255 - torch.tensor(aug.MEAN_C)[:, None]) / torch.tensor(aug.STD_C)[:, None]
-    torch.testing.assert_close(table_CV, expected)
+    torch.testing.assert_close(aug.normalised_values("cpu"), expected)
 
 
 @pytest.mark.parametrize("side_px", [4, 32])

@@ -1,0 +1,205 @@
+"""The command line as a person meets it: a process, its output, its exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from fastcifar.cli import named_recipe, parse, read_job, with_underscores
+from fastcifar.errors import UsageError
+from fastcifar.recipes import RECIPES
+
+
+def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True, **options)
+
+
+def job_of(*words: str):
+    return read_job(parse(["train", *map(with_underscores, words)])["train"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["recipes", "list"], ["--version"]])
+def test_what_needs_no_torch_does_not_import_it(words):
+    script = f"import sys; from fastcifar.cli import main\ntry:\n main({words})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_every_verb_stands_in_the_help():
+    shown = fastcifar("--help").stdout
+    for verb in ("train", "eval", "data", "recipes", "doctor"):
+        assert verb in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fly"], "fly"),
+        (["train", "--bogus", "1"], "--bogus"),
+        (["train", "--recipe", "nosuch"], "nosuch"),
+        (["train", "--budget", "5"], "--budget"),
+        (["train", "--budget", "5min", "--epochs", "3"], "--budget and --epochs"),
+        (["train", "--steps", "0"], "--steps"),
+        (["train", "--seed", "-1"], "--seed"),
+        (["train", "--target", "94"], "--target"),
+        (["train", "--optim.muon_lr", "-1"], "optim.muon_lr"),
+        (["train", "--optim.muon_lr", "fast"], "optim.muon_lr"),
+        (["train", "--model.widths", "[3,5]"], "model.widths"),
+        (["train", "--augment.flip", "sometimes"], "augment.flip"),
+        (["train", "--batch-size", "0"], "batch_size"),
+        (["train", "--stages", '[{"image_px": 20, "until": 0.5}]'], "stages"),
+        (["train", "--dataset", "mnist"], "dataset"),
+        (["train", "--loader", "carrier-pigeon"], "loader"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere"),
+        (["recipes", "show", "nosuch"], "nosuch"),
+    ],
+)
+def test_wrong_usage_names_the_flag_and_ends_with_2(words, said, tmp_path):
+    done = fastcifar(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "try: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "abacus", "mps"])
+def test_a_device_that_is_not_there_ends_with_5(device, small_cifar, tmp_path):
+    import torch
+
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    done = fastcifar("train", "--device", device, "--data", str(small_cifar), "--out", str(tmp_path / "run"))
+    assert done.returncode == 5, done.stderr
+    assert "--device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_data_ends_with_3(tmp_path):
+    done = fastcifar("train", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "run"))
+    assert done.returncode == 3
+    assert str(tmp_path / "nothing") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_batch_larger_than_the_set_ends_with_2(small_cifar, tmp_path):
+    done = fastcifar("train", "--data", str(small_cifar), "--batch-size", "2001", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "2001" in done.stderr
+    assert "2000 training images" in done.stderr
+
+
+def test_divergence_ends_with_4(small_cifar, tmp_path):
+    words = ["--steps", "20", "--batch-size", "125", "--model.widths", "[8,8,8]", "--optim.head_lr", "1e30"]
+    done = fastcifar("train", "--data", str(small_cifar), "--device", "cpu", *words, "--out", str(tmp_path / "run"))
+    assert done.returncode == 4, done.stderr
+    assert "step" in done.stderr
+
+
+def test_the_fallback_is_announced_at_both_ends_and_in_the_result(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # no network, whatever this machine has
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
+    refused = fastcifar("train", "--out", str(tmp_path / "refused"))
+    assert refused.returncode == 3
+    assert "Is there a network?" in refused.stderr
+    words = ["--fallback-dataset", "shapes10", "--steps", "2", "--batch-size", "50", "--model.widths", "[8,8,8]"]
+    done = fastcifar("train", *words, "--device", "cpu", "--out", str(tmp_path / "run"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "training on shapes10 instead" in done.stderr
+    assert "because cifar10 was not there" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["dataset"], result["fallback_from"], result["data_verified"]) == ("shapes10", "cifar10", False)
+
+
+def test_a_wrong_path_is_not_fallen_back_from(tmp_path):
+    words = ["--fallback-dataset", "shapes10", "--data", str(tmp_path / "typo")]
+    assert fastcifar("train", *words, "--out", str(tmp_path / "run")).returncode == 3
+
+
+def test_eval_repeats_the_runs_own_figures(small_cifar, tmp_path):
+    words = ["--steps", "20", "--batch-size", "125", "--model.widths", "[16,16,16]", "--tta.share", "1"]
+    run = tmp_path / "run"
+    trained = fastcifar("train", "--data", str(small_cifar), "--device", "cpu", *words, "--out", str(run), "--json")
+    assert trained.returncode == 0, trained.stderr
+    judged = fastcifar("eval", str(run), "--device", "cpu", "--json")
+    assert judged.returncode == 0, judged.stderr
+    result, again = (json.loads(done.stdout.splitlines()[-1]) for done in (trained, judged))
+    for key in ("test_acc", "test_acc_tta", "macro_precision", "macro_recall", "macro_f1"):
+        assert again[key] == pytest.approx(result[key], abs=1e-9)
+    assert sum(map(sum, again["confusion"])) == 500
+    assert set(again["classes"]) == {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
+
+    (run / "model.safetensors").write_bytes(b"no model")
+    broken = fastcifar("eval", str(run))
+    assert broken.returncode == 2
+    assert "model.safetensors" in broken.stderr
+
+
+def test_a_folder_with_a_run_is_not_overwritten(small_cifar, tmp_path):
+    (tmp_path / "config.yaml").write_text("recipe: speed\n")
+    done = fastcifar("train", "--data", str(small_cifar), "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+
+
+def test_recipe_fields_are_overridden_by_dotted_name_and_by_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: speed\nbatch_size: 100\noptim:\n  muon_lr: 0.5\nseed: 3\n")
+    job = job_of("--config", str(file), "--optim.muon-lr", "0.6", "--augment.cutout_px=8")
+    assert job.settings.batch_size == 100
+    assert job.settings.optim.muon_lr == 0.6
+    assert job.settings.augment.cutout_px == 8
+    assert job.settings.optim.bias_lr == RECIPES["speed"].optim.bias_lr
+    assert job.settings.stages == RECIPES["speed"].stages
+    assert job.seed == 3
+
+
+def test_what_show_prints_is_a_config(tmp_path):
+    shown = fastcifar("recipes", "show", "speed")
+    (tmp_path / "shown.yaml").write_text(shown.stdout)
+    assert job_of("--config", str(tmp_path / "shown.yaml")).settings == RECIPES["speed"]
+    assert yaml.safe_load(shown.stdout)["recipe"] == "speed"
+
+
+def test_a_job_survives_its_config_file(tmp_path):
+    from fastcifar.run import RunFolder
+
+    job = job_of("--budget", "1h30m", "--data", "here", "--model.widths", "[8,16,24]", "--target", "0.9")
+    folder = RunFolder.create(tmp_path / "run", "speed")
+    folder.write_config(job.config())
+    assert job_of("--config", str(tmp_path / "run/config.yaml")) == job
+
+
+def test_named_recipe_is_found_before_parsing(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: other\n")
+    assert named_recipe(["train", "--config", str(file)]) == "other"
+    assert named_recipe(["train", "--config", str(file), "--recipe=speed"]) == "speed"
+    assert named_recipe(["train"]) == "speed"
+
+
+def test_data_verify_and_info(small_cifar):
+    verified = fastcifar("data", "verify", "--data", str(small_cifar))
+    assert verified.returncode == 3
+    assert "train: NOT verified: 2,000 images" in verified.stdout
+    info = fastcifar("data", "info", "--data", str(small_cifar))
+    assert info.returncode == 0
+    assert "not CIFAR-10" in info.stdout
+
+
+def test_doctor_tries_things():
+    done = fastcifar("doctor")
+    assert done.returncode == 0, done.stderr
+    for part in ("allocator", "threads", "loader resident", "agrees with plain torch", "GPU"):
+        assert part in done.stdout
+
+
+def test_recipes_are_checked():
+    with pytest.raises(UsageError, match="tta.share"):
+        job_of("--tta.share", "1.5")

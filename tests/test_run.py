@@ -1,0 +1,81 @@
+"""The run folder: whole files or none."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastcifar.budget import Knot
+from fastcifar.errors import UsageError
+from fastcifar.run import Checkpoint, Metrics, RunFolder, write_atomically
+
+ENDLESS_WRITER = """
+import sys, torch
+from pathlib import Path
+from fastcifar.run import RunFolder, Checkpoint
+folder = RunFolder(Path(sys.argv[1]))
+for step in range(10**9):
+    folder.write_checkpoint(Checkpoint({"model.x": torch.full((10**6,), float(step))}, step, 0.0, 0.0, []))
+    print(step, flush=True)
+"""
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "speed")
+    tensors = {"model.a": torch.randn(3, 4), "optimizer.0.1": torch.ones(2, dtype=torch.bfloat16)}
+    folder.write_checkpoint(Checkpoint(tensors, 17, 1.5, 1.25, [Knot(0, 0.0, 9), Knot(3, 0.25, 20)]))
+    found = folder.read_checkpoint()
+    assert (found.step, found.spent_s, found.train_s) == (17, 1.5, 1.25)
+    assert found.knots == [Knot(0, 0.0, 9), Knot(3, 0.25, 20)]
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path):
+    for _ in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", ENDLESS_WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        steps = [int(writer.stdout.readline()) for _ in range(20)]
+        writer.kill()
+        writer.wait()
+        found = RunFolder(tmp_path).read_checkpoint()
+        assert found.step >= steps[-1]
+        assert (found.tensors["model.x"] == found.step).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"\xff" * 64])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    (tmp_path / "checkpoint.safetensors").write_bytes(damage)
+    with pytest.raises(UsageError, match=r"checkpoint\.safetensors"):
+        RunFolder(tmp_path).read_checkpoint()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from fastcifar.run import write_atomically\n"
+        "from fastcifar.errors import UsageError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_atomically(Path(sys.argv[1]), b'x' * 10_000)\n"
+        "except UsageError as error: print(error)\n"
+    )
+    target = tmp_path / "result.json"
+    write_atomically(target, b"old")
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
+    assert "--out: cannot write" in done.stdout
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_metrics_past_the_checkpoint_and_half_lines_are_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    metrics = Metrics(folder)
+    for step in range(1, 6):
+        metrics.add({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    resumed = Metrics(folder, steps_done=3)
+    resumed.add({"step": 4, "again": True})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+    assert resumed.rows == [json.loads(line) for line in lines]
