@@ -2,8 +2,8 @@
 
     python bench/resident_loader.py --data PATH > bench/records/DATE-resident-loader/result.json
 
-For each augmentation and each way to apply it, full epochs of the 50,000 training images after one to warm up; in turn, so
-that a slow moment of the machine hits all alike. The step is that of recipe `speed` at each of its image sizes.
+For each augmentation and each way to apply it, full epochs of the 50,000 training images after one to warm up; in turn,
+so that a slow moment of the machine hits all alike. The step is that of recipe `speed` at each of its image sizes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ threads = set_threads()
 import torch  # noqa: E402
 
 from fastcifar.data import augment as aug  # noqa: E402
-from fastcifar.data.resident import PLAIN, ResidentLoader  # noqa: E402
+from fastcifar.data.resident import PLAIN  # noqa: E402
 from fastcifar.display import Display  # noqa: E402
 from fastcifar.job import Job  # noqa: E402
 from fastcifar.recipes import RECIPES, Augment  # noqa: E402

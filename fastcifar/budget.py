@@ -1,7 +1,8 @@
 """From "5min" to a training that ends in time, with its learning rate at its end.
 
-A training makes progress from 0 to 1; learning rates and image sizes follow progress. `Pace` decides how much progress a
-step makes: 1 / steps when the number of steps is given, else whatever the measured step times say will use up the budget.
+A training makes progress from 0 to 1; learning rates and image sizes follow progress. `Pace` decides how much progress
+a step makes: 1 / steps when the number of steps is given, else whatever the measured step times say will use up the
+budget.
 """
 
 import re
@@ -38,6 +39,8 @@ class Knot:
     end: int
 
     def at(self, step: int) -> float:
+        if step >= self.end:
+            return 1.0  # exactly: the quotient below can fall short by a rounding, and one step more would be taken
         return self.progress + (1 - self.progress) * (step - self.step) / (self.end - self.step)
 
 
@@ -86,6 +89,13 @@ class Pace:
     def stage(self, step: int) -> Stage:
         return stage_at(self.stages, self.progress(step))
 
+    def middle(self, step: int) -> float:
+        """Progress halfway through a step: where its learning rate is read, so that the last one's is near the end.
+
+        The first step has no middle, because a budget's plan is only made after it.
+        """
+        return (self.progress(step) + self.progress(step + 1)) / 2 if step else 0.0
+
     def cost_s(self, image_px: int) -> float:
         """Seconds a step takes at this size: measured, or scaled from the nearest size that was."""
         if image_px not in self.first_s:
@@ -95,22 +105,34 @@ class Pace:
         recent_s = self.recent_s[image_px]
         return median(recent_s) if recent_s else self.first_s[image_px]
 
-    def mean_cost_s(self, progress: float) -> float:
-        """Expected seconds of a step, over the rest of the training."""
+    def surcharge_s(self, image_px: int) -> float:
+        """What the first step at a size that is still to come will take on top, judged by the last such step."""
+        if image_px in self.first_s or not (known := [px for px in self.first_s if self.recent_s[px]]):
+            return 0.0
+        last_px = known[-1]
+        extra_s = max(0.0, self.first_s[last_px] - self.cost_s(last_px))
+        return extra_s * guess_cost(image_px) / guess_cost(last_px)
+
+    def expect(self, progress: float) -> tuple[float, float]:
+        """(seconds of an average step from here to the end, seconds of all surcharges to come)."""
         total_s, begin = 0.0, progress
         for stage in self.stages:
             share = max(0.0, stage.until - begin)
             total_s += share * self.cost_s(stage.image_px)
             begin += share
-        return total_s / (1 - progress)
+        ahead = {stage.image_px for stage in self.stages if stage.until > progress}
+        return total_s / (1 - progress), sum(map(self.surcharge_s, ahead))
 
     def left_s(self, step: int) -> float:
         """Expected seconds until the training ends, `step` steps being done."""
         progress = self.progress(step)
-        return (self.steps - step) * self.mean_cost_s(progress) if progress < 1 else 0.0
+        if progress >= 1:
+            return 0.0
+        step_s, surcharges_s = self.expect(progress)
+        return (self.steps - step) * step_s + surcharges_s
 
     def measured(self, step: int, image_px: int, seconds: float, now_s: float) -> None:
-        """Note what a step took; `step` steps are done now. Changes the plan if the rest would not fit, or leave time."""
+        """Note what a step took; `step` steps are done now. Plans anew if the rest would not fit, or leave time."""
         if image_px in self.first_s:
             self.recent_s[image_px].append(seconds)
         else:
@@ -119,14 +141,14 @@ class Pace:
             return
         progress = self.progress(step)
         if not self.knots:  # the very first step: assume it was as far as any other will be
-            steps = max(2, round((self.deadline_s - now_s) / self.mean_cost_s(0.0)) + 1)
+            steps = max(2, round((self.deadline_s - now_s) / self.expect(0.0)[0]) + 1)
             self.knots.append(Knot(0, 0.0, steps))
             return
         if progress >= 1:
             return
-        left_s, step_s = self.deadline_s - now_s, self.mean_cost_s(progress)
-        steps_left = self.steps - step
-        unused_s = left_s - steps_left * step_s
+        step_s, surcharges_s = self.expect(progress)
+        left_s = self.deadline_s - now_s - surcharges_s
+        unused_s = left_s - (self.steps - step) * step_s
         if unused_s < 0 or unused_s > max(self.SLACK * left_s, 1.5 * step_s):
             steps_left = max(1, int(left_s * (1 - self.HEADROOM) / step_s))
             self.knots.append(Knot(step, progress, step + steps_left))

@@ -7,11 +7,12 @@ import argparse
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from fastcifar import __version__
 from fastcifar.budget import Knot
@@ -77,6 +78,8 @@ def train(chosen: Namespace, started_s: float) -> int:
         raise
     finally:
         display.close()
+        with suppress(OSError):
+            folder.path.rmdir()  # succeeds only if it is empty: the run never began
     print_result(result, folder.path)
     if chosen.json:
         print(json.dumps(result))
@@ -163,7 +166,7 @@ def read_job(chosen: Namespace) -> Job:
     epochs = find_recipe(chosen.recipe).epochs if chosen.epochs is None else chosen.epochs
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
-    return Job(settings=Recipe(**recipe, epochs=epochs), **job)
+    return Job(settings=Recipe(**recipe, epochs=epochs), **job)  # type: ignore[arg-type]
 
 
 # Parsers
@@ -188,7 +191,9 @@ def build_parser(words: list[str]) -> ArgumentParser:
     )
     verbs = parser.add_subcommands()
     verbs.add_subcommand("train", train_parser(words), help="train a model, inside a wall-clock budget if one is given")
-    verbs.add_subcommand("eval", eval_parser(), help="evaluate a trained run: accuracy, precision, recall, F1, confusions")
+    verbs.add_subcommand(
+        "eval", eval_parser(), help="evaluate a trained run: accuracy, precision, recall, F1, confusions"
+    )
     verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
     verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
     verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
@@ -206,7 +211,10 @@ def eval_parser() -> ArgumentParser:
 
 def data_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description="Prepare, verify or describe a data set.")
-    verbs = "prepare: find or download it and write the cache file; verify: compare every image with the official set; info: describe it"
+    verbs = (
+        "prepare: find or download it and write the cache file; "
+        "verify: compare every image with the official set; info: describe it"
+    )
     parser.add_argument("verb", type=Literal["prepare", "verify", "info"], help=verbs)
     add_data_arguments(parser)
     return parser
@@ -214,14 +222,18 @@ def data_parser() -> ArgumentParser:
 
 def recipes_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description="List the recipes or show one.")
-    parser.add_argument("verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it")
+    parser.add_argument(
+        "verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it"
+    )
     parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
     return parser
 
 
 def add_data_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", type=DATASETS, default="cifar10", help="what to use")
-    parser.add_argument("--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree or parquet")
+    parser.add_argument(
+        "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree or parquet"
+    )
 
 
 def train_parser(words: list[str]) -> ArgumentParser:
@@ -229,20 +241,33 @@ def train_parser(words: list[str]) -> ArgumentParser:
         exit_on_error=False,
         description="Train a model. Any field of the recipe can be overridden by its dotted name.",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these flags, such as runs/NAME/config.yaml")
+    parser.add_argument("--config", action="config", help="a YAML file of these flags, such as runs/NAME/config.yaml")
     parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="see `fastcifar recipes list`")
     add_data_arguments(parser)
-    parser.add_argument("--fallback_dataset", type=Literal["shapes10"] | None, default=None, help="train on this one if the data set is nowhere to be found")
+    parser.add_argument(
+        "--fallback_dataset",
+        type=Literal["shapes10"] | None,
+        default=None,
+        help="train on this one if the data set is nowhere to be found",
+    )
     parser.add_argument("--loader", type=Literal["resident"], default="resident", help="what feeds the training")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    parser.add_argument("--budget", type=str | None, default=None, help="wall-clock from process start to result.json: 90s, 5min, 1h30m")
-    parser.add_argument("--epochs", type=float | None, default=None, help="passes over the training set, instead of a budget")
+    parser.add_argument(
+        "--budget", type=str | None, default=None, help="wall-clock from process start to result.json: 90s, 5min, 1h30m"
+    )
+    parser.add_argument(
+        "--epochs", type=float | None, default=None, help="passes over the training set, instead of a budget"
+    )
     parser.add_argument("--steps", type=int | None, default=None, help="steps, instead of a budget")
-    parser.add_argument("--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images")
+    parser.add_argument(
+        "--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images"
+    )
     parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")
     parser.add_argument("--out", type=Path | None, default=None, help="the run folder (default: a new one in runs/)")
-    parser.add_argument("--resume", type=Path | None, default=None, help="go on with the interrupted run in this folder")
+    parser.add_argument(
+        "--resume", type=Path | None, default=None, help="go on with the interrupted run in this folder"
+    )
     parser.add_argument("--json", action="store_true", help="print result.json as the last line of stdout")
     recipe = find_recipe(named_recipe(words))
     parser.add_class_arguments(Recipe, skip={"epochs"})

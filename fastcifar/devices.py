@@ -48,7 +48,11 @@ def out_of_memory_named(batch_size: int) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # On the CPU torch raises a plain RuntimeError, known by its text alone.
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error) and "out of memory" not in str(error):
+        if (
+            isinstance(error, RuntimeError)
+            and "can't allocate memory" not in str(error)
+            and "out of memory" not in str(error)
+        ):
             raise
         message = f"Out of memory with batches of {batch_size} images: {str(error).splitlines()[0]}"
         raise DeviceError(message, f"--batch_size {max(1, batch_size // 2)}") from error

@@ -1,6 +1,5 @@
 """What a person watches while a training runs, on stderr: a live bar in a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ TIMES = (("compiling", "compile_s"), ("training", "train_s"), ("evaluation", "ev
 
 
 class Display:
-    """`say` prints a line that stays; `update` moves the bar, or prints a line every few seconds where there is none."""
+    """`say` prints a line that stays; `update` moves the bar or, without a terminal, prints a line now and then."""
 
     LINE_EVERY_S = 10.0
 
@@ -42,7 +41,11 @@ class Display:
     def _move(self, share: float, what: str, facts: str) -> None:
         if self.console.is_terminal:
             if self.bar is None:
-                columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}% {task.fields[facts]}")
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.percentage:3.0f}% {task.fields[facts]}"),
+                )
                 self.bar = Progress(*columns, console=self.console, transient=True)
                 self.task = self.bar.add_task(what, total=1.0, facts=facts)
                 self.bar.start()
@@ -94,7 +97,10 @@ def print_result(result: dict, folder: Path) -> None:
             *held_out,
             ("data", data),
             ("time", f"{format_s(result['wall_s'])}{within}: {times}"),
-            ("trained", f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['images_per_s']:,.0f} images/s"),
+            (
+                "trained",
+                f"{result['steps']} steps, {result['epochs']:.2f} epochs, {result['images_per_s']:,.0f} images/s",
+            ),
             ("report", str(folder / "report.html")),
         ]
     )

@@ -48,13 +48,13 @@ def describe_allocator() -> str:
     if process.tune_allocator():
         settings = ", ".join(f"{name}={value}" for name, (_, value) in process.MALLOPT_SETTINGS.items())
         return f"glibc, tuned: {settings}"
-    return f"{platform.libc_ver()[0] or 'not glibc'}, not tuned: freed memory goes back to the system and is faulted in again"
+    return "not glibc, so not tuned: freed memory goes back to the system and is faulted in again"
 
 
 def describe_gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
-        built = f"torch {torch.__version__} is built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
-        return [("GPU", f"none usable ({built})")]
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return [("GPU", f"none usable (torch {torch.__version__} is built {built})")]
     rows = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -66,7 +66,12 @@ def try_resident() -> str:
     """Make one augmented image both ways."""
     split = Split(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), np.zeros(4, np.uint8))
     loader = ResidentLoader(
-        split, batch_size=4, dtype=torch.bfloat16, device=torch.device("cpu"), augment=Augment(cutout_px=8), shuffle=True
+        split,
+        batch_size=4,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        augment=Augment(cutout_px=8),
+        shuffle=True,
     )
     (x_BCHW, _), ids_B = next(iter(loader.epoch(0))), loader.order(0)
     draws = augment.draw(loader.augment, 4, 32, 0, 0, "cpu")
@@ -87,4 +92,6 @@ def try_triton() -> str:
     """Nothing here uses one yet; say whether one could run."""
     if not installed("triton"):
         return "triton is not installed (it exists for Linux only)"
-    return "would run on the GPU" if torch.cuda.is_available() else "would run in triton's interpreter, for want of a GPU"
+    return (
+        "would run on the GPU" if torch.cuda.is_available() else "would run in triton's interpreter, for want of a GPU"
+    )

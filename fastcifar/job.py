@@ -60,6 +60,3 @@ class Job:
         flat |= flat.pop("settings")
         limit = next(name for name in LIMITS if flat[name])
         return {name: value for name, value in flat.items() if name == limit or name not in LIMITS}
-
-
-

@@ -3,7 +3,7 @@
 Nothing here imports torch, so `fastcifar recipes list` and `--help` answer at once.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fastcifar.errors import UsageError
@@ -95,6 +95,7 @@ class Recipe:
 
     Args:
         batch_size: images a step.
+        min_steps: a budget that buys fewer steps than this halves the batch, down to 125, until it buys as many.
         epochs: passes over the training set when neither --budget nor --epochs nor --steps says otherwise.
         label_smoothing: probability mass spread evenly over all classes.
         dtype: compute type of convolutions; weights and statistics stay float32.
@@ -103,6 +104,7 @@ class Recipe:
     """
 
     batch_size: int = 2000
+    min_steps: int = 0
     epochs: float = 8.0
     label_smoothing: float = 0.2
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -117,6 +119,7 @@ class Recipe:
         """Raise UsageError naming the first field whose value makes no sense."""
         for name, allowed, value in (
             ("batch_size", "at least 1", self.batch_size >= 1),
+            ("min_steps", "not negative", self.min_steps >= 0),
             ("epochs", "more than 0", self.epochs > 0),
             ("label_smoothing", "from 0 to below 1", 0 <= self.label_smoothing < 1),
             ("model.widths", "multiples of 8", all(width > 0 and width % 8 == 0 for width in self.model.widths)),
@@ -133,9 +136,21 @@ class Recipe:
             ("optim.momentum", "above 0 and below 1", 0 < self.optim.momentum < 1),
             ("optim.weight_decay", "not negative", self.optim.weight_decay >= 0),
             ("optim.warmup", "from 0 to below 1", 0 <= self.optim.warmup < 1),
-            ("optim.whiten_bias_until", "above optim.warmup, up to 1", self.optim.warmup < self.optim.whiten_bias_until <= 1),
-            ("stages", "at least one, of 18 to 64 pixels", bool(self.stages) and all(18 <= s.image_px <= 64 for s in self.stages)),
-            ("stages", "rising in `until` and ending at 1", [s.until for s in self.stages] == sorted({s.until for s in self.stages}) and self.stages[-1].until == 1),
+            (
+                "optim.whiten_bias_until",
+                "above optim.warmup, up to 1",
+                self.optim.warmup < self.optim.whiten_bias_until <= 1,
+            ),
+            (
+                "stages",
+                "at least one, of 18 to 64 pixels",
+                bool(self.stages) and all(18 <= s.image_px <= 64 for s in self.stages),
+            ),
+            (
+                "stages",
+                "rising in `until` and ending at 1",
+                [s.until for s in self.stages] == sorted({s.until for s in self.stages}) and self.stages[-1].until == 1,
+            ),
             ("tta.shift_px", "from 0 to 8", 0 <= self.tta.shift_px <= 8),
             ("tta.share", "from 0 to 1", 0 <= self.tta.share <= 1),
         ):
@@ -152,17 +167,22 @@ class Recipe:
 # @@SPEED_FIGURES@@
 SPEED = Recipe(
     batch_size=1000,
+    min_steps=100,
     epochs=10.0,
     stages=(Stage(image_px=20, until=0.3), Stage(image_px=24, until=0.6), Stage(image_px=32, until=1.0)),
     tta=Tta(share=0.25),
 )
 
 RECIPES = {"speed": SPEED}
-SUMMARIES = {"speed": "whitened convnet, Muon, growing images: CIFAR-10 and CIFAR-100 in minutes on a CPU, seconds on a GPU"}
+SUMMARIES = {
+    "speed": "whitened convnet, Muon, growing images: CIFAR-10 and CIFAR-100 in minutes on a CPU, seconds on a GPU"
+}
 
 
 def find_recipe(name: str) -> Recipe:
     """Raises UsageError for an unknown name."""
     if name not in RECIPES:
-        raise UsageError(f"--recipe: there is no recipe {name!r}; there is {', '.join(RECIPES)}.", "fastcifar recipes list")
+        raise UsageError(
+            f"--recipe: there is no recipe {name!r}; there is {', '.join(RECIPES)}.", "fastcifar recipes list"
+        )
     return RECIPES[name]

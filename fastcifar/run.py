@@ -1,11 +1,11 @@
 """The run folder: everything a training leaves behind, each file whole or absent.
 
-    config.yaml              the arguments that repeat the run step by step: `fastcifar train --config runs/NAME/config.yaml`
-    metrics.jsonl            a line a step
-    checkpoint.safetensors   the newest complete checkpoint, while training
-    model.safetensors        the trained weights
-    report.html              curves, confusion matrix, mistakes
-    result.json              written last: a folder that has it is complete
+config.yaml              the arguments that repeat the run step by step (--config)
+metrics.jsonl            a line a step
+checkpoint.safetensors   the newest complete checkpoint, while training
+model.safetensors        the trained weights
+report.html              curves, confusion matrix, mistakes
+result.json              written last: a folder that has it is complete
 """
 
 import json
@@ -76,7 +76,9 @@ class RunFolder:
         """Make the folder: `out`, or a new one under runs/. Raises UsageError if it already holds a run."""
         path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe}-{os.getpid()}"
         if (path / "config.yaml").exists():
-            raise UsageError(f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out")
+            raise UsageError(
+                f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out"
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -129,7 +131,7 @@ class RunFolder:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path}: damaged ({error}).", "fastcifar train") from error
         facts["knots"] = [Knot(**knot) for knot in facts["knots"]]
         return Checkpoint(tensors=tensors, **facts)

@@ -4,7 +4,8 @@ Shapes: N images, B of a batch, C channels, H rows, W columns.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from fastcifar.budget import guess_cost
 from fastcifar.data import source
 from fastcifar.data.dataset import Dataset, Split
 from fastcifar.data.resident import ResidentLoader
@@ -25,6 +27,9 @@ from fastcifar.optim.schedule import build_optimizers
 from fastcifar.recipes import Recipe
 
 EVALUATION_BATCH = 1000
+SMALLEST_BATCH = 125  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
+LOOKS_A_STEP = 4  # training on an image takes as long as classifying four (0.9 and 0.22 ms on 2 cores)
+TRAINING_SHARE = 0.75  # of a short budget; the rest is imports, data and evaluation
 WHITENING_IMAGES = 5000  # enough to estimate a 12 x 12 covariance
 
 
@@ -32,6 +37,7 @@ WHITENING_IMAGES = 5000  # enough to estimate a 12 x 12 covariance
 class Setup:
     """What `set_up` made. `forward` is the model, compiled where that pays; both share their weights."""
 
+    recipe: Recipe  # the job's, its batch size fitted to the budget
     dataset: Dataset
     device: torch.device
     loader: ResidentLoader
@@ -71,12 +77,22 @@ def set_up(job: Job, display: Display) -> Setup:
         shuffle=True,
         seed=job.seed,
     )
+    began_s = time.monotonic()
+    loader.take(torch.arange(1, device=device))  # compiles the loader's kernel, or fetches it from numba's cache
+    compile_s = time.monotonic() - began_s
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
     first_images = torch.arange(min(WHITENING_IMAGES, len(train)), device=device)
     model.fit_whitening(loader.take(first_images), recipe.model.whiten_eps)
-    forward = torch.compile(model) if recipe.compile and device.type == "cuda" else model
-    compile_s = warm_up(forward, model, recipe, loader)
+    look_s = time_a_look(model, loader)
+    if job.budget_s:
+        recipe = replace(recipe, batch_size=fit_batch_size(recipe, job.budget_s, look_s))
+        loader.batch_size = recipe.batch_size
+    forward: nn.Module = model
+    if recipe.compile and device.type == "cuda":
+        forward = cast(nn.Module, torch.compile(model))
+        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(recipe.batch_size, device=device)))
     return Setup(
+        recipe,
         dataset,
         device,
         loader,
@@ -86,7 +102,7 @@ def set_up(job: Job, display: Display) -> Setup:
         forward,
         build_optimizers(model, recipe.optim, recipe.batch_size),
         compile_s,
-        time_a_look(model, loader),
+        look_s,
     )
 
 
@@ -118,18 +134,24 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:
     return SpeedNet(classes, recipe.model.widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, loader: ResidentLoader) -> float:
-    """Compile what will be compiled, the loader's kernel and on CUDA the model; returns the seconds it took."""
+def fit_batch_size(recipe: Recipe, budget_s: float, look_s: float) -> int:
+    """The recipe's batch size, or a half, quarter ... of it where the budget would otherwise buy too few steps."""
+    rest = guess_cost(recipe.stages[-1].image_px)
+    begins = (0.0, *(stage.until for stage in recipe.stages))
+    size = sum((s.until - b) * guess_cost(s.image_px) / rest for s, b in zip(recipe.stages, begins, strict=False))
+    images = TRAINING_SHARE * budget_s / (look_s * LOOKS_A_STEP * size)
+    batch_size = recipe.batch_size
+    while images / batch_size < recipe.min_steps and batch_size >= 2 * SMALLEST_BATCH:
+        batch_size //= 2
+    return batch_size
+
+
+def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: torch.Tensor) -> float:
+    """Run every shape and kind of step once, forward and backward, to compile them; returns the seconds it took.
+
+    Weights, statistics and gradients are left as they were.
+    """
     began_s = time.monotonic()
-    x_BCHW = loader.take(torch.arange(recipe.batch_size, device=loader.device))
-    if forward is not model:
-        compile_graphs(forward, model, recipe, x_BCHW)
-        synchronize(loader.device)
-    return time.monotonic() - began_s
-
-
-def compile_graphs(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: torch.Tensor) -> None:
-    """Run every shape and kind of step once, forward and backward; leaves weights and statistics as they were."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert model.whiten.bias is not None
     for learns in (False, True):
@@ -140,6 +162,8 @@ def compile_graphs(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: 
             logits_BK.float().sum().backward()
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
+    synchronize(x_BCHW.device)
+    return time.monotonic() - began_s
 
 
 def time_a_look(model: SpeedNet, loader: ResidentLoader) -> float:

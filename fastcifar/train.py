@@ -54,13 +54,14 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
-    interrupts, recipe = Interrupts(), job.settings
+    interrupts = Interrupts()
     checkpoint = folder.read_checkpoint() if resume else None
-    if checkpoint is None:
-        folder.write_config(job.config())
-    else:
+    if checkpoint is not None:
         started_s -= checkpoint.spent_s
     setup = set_up(job, display)
+    recipe = replace(setup.recipe, min_steps=0)  # a resumed or repeated run keeps the batch size it was given
+    job = replace(job, settings=recipe)
+    folder.write_config(job.config())
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
 
     if job.budget_s is not None:
@@ -108,8 +109,8 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterator[list[dict]]:
     """Train on from `position` until all progress is made; yields rows of metrics whenever the device was waited for.
 
-    A CPU is waited for at every step. A GPU runs ahead of the program, so it is asked for its numbers ever more rarely, at
-    last once an epoch. What the caller does in between counts as no training time.
+    A CPU is waited for at every step. A GPU runs ahead of the program, so it is asked for its numbers ever more rarely,
+    at last once an epoch. What the caller does in between counts as no training time.
 
     Raises DivergedError.
     """
@@ -123,14 +124,16 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
             if progress >= 1:
                 return
             image_px = stage_at(recipe.stages, progress).image_px
-            lr = set_learning_rates(setup.optimizers, progress, recipe.optim.warmup)
+            lr = set_learning_rates(setup.optimizers, pace.middle(position.step), recipe.optim.warmup)
             loss, hits = train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
             if len(pending) < length and pace.progress(position.step) < 1:
                 continue
 
-            read = [(row, loss.item() / recipe.batch_size, hits.item() / recipe.batch_size) for row, loss, hits in pending]
+            read = [
+                (row, loss.item() / recipe.batch_size, hits.item() / recipe.batch_size) for row, loss, hits in pending
+            ]
             now_s = time.monotonic()
             seconds = (now_s - resumed_s) / len(pending)
             position.train_s += now_s - resumed_s
@@ -139,11 +142,13 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
             for row, loss, hits in read:
                 if not math.isfinite(loss):
                     raise DivergedError(
-                        f"The loss is {loss} at step {row['step']} of {pace.steps}, the learning rate at {row['lr']:.0%} of its peak.",
+                        f"The loss is {loss} at step {row['step']} of {pace.steps}.",
                         f"--optim.muon_lr {recipe.optim.muon_lr / 2:g}",
                     )
                 progress = {"epoch": row["step"] / len(loader), "progress": pace.progress(row["step"])}
-                rows.append(row | progress | {"loss": loss, "accuracy": hits, "images_per_s": recipe.batch_size / seconds})
+                rows.append(
+                    row | progress | {"loss": loss, "accuracy": hits, "images_per_s": recipe.batch_size / seconds}
+                )
             yield rows
             pending, length, resumed_s = [], min(2 * length, longest), time.monotonic()
 
@@ -165,7 +170,7 @@ def train_step(
 
 
 def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:
-    """When training must end for the evaluation to be done in time, and the share of images there is time to look at again.
+    """(when training must end for the evaluation to be done in time, the images there is time to look at again)
 
     Raises UsageError if that leaves nearly nothing to train.
     """
@@ -178,7 +183,7 @@ def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> 
     if left_s < 0.2 * budget_s:
         needed_s = math.ceil((budget_s - left_s) / 0.7)
         raise UsageError(
-            f"--budget: of {budget_s:g} s only {max(0, left_s):.1f} s are left to train, set-up and evaluation take the rest.",
+            f"--budget: set-up and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
             f"--budget {needed_s}s",
         )
     return started_s + budget_s - ending_s, tta

@@ -21,7 +21,7 @@ def loader() -> ResidentLoader:
 @pytest.fixture
 def model() -> SpeedNet:
     torch.manual_seed(0)
-    return SpeedNet(5, (8, 8, 8)).to(memory_format=torch.channels_last)
+    return SpeedNet(5, (8, 8, 8))
 
 
 def test_scores_by_hand():
@@ -34,7 +34,11 @@ def test_scores_by_hand():
 
 def test_top_confusions_are_the_largest_cells_off_the_diagonal():
     confusion = np.array([[50, 3, 0], [7, 40, 1], [0, 0, 30]])
-    assert top_confusions(confusion, ("cat", "dog", "ship")) == [("dog", "cat", 7), ("cat", "dog", 3), ("dog", "ship", 1)]
+    assert top_confusions(confusion, ("cat", "dog", "ship")) == [
+        ("dog", "cat", 7),
+        ("cat", "dog", 3),
+        ("dog", "ship", 1),
+    ]
 
 
 def test_evaluation_without_augmentation_is_the_plain_answer(model, loader):

@@ -34,7 +34,9 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path):
     for _ in range(5):
-        writer = subprocess.Popen([sys.executable, "-c", ENDLESS_WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         assert writer.stdout is not None
         steps = [int(writer.stdout.readline()) for _ in range(20)]
         writer.kill()

@@ -18,7 +18,7 @@ from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
 from fastcifar.recipes import Model, Optim, Recipe, Stage, Tta
 from fastcifar.run import RunFolder
-from fastcifar.setup import compile_graphs, resize, set_up
+from fastcifar.setup import fit_batch_size, resize, set_up, warm_up
 from fastcifar.train import train, train_step
 
 SMALL = Recipe(
@@ -50,13 +50,38 @@ def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True, **options)
 
 
-KEYS = """dataset data_verified recipe loader device seed budget_s wall_s compile_s train_s eval_s epochs steps images_per_s
-val_acc test_acc test_acc_tta macro_precision macro_recall macro_f1 params peak_memory_bytes torch triton commit""".split()
+KEYS = {
+    "dataset",
+    "data_verified",
+    "recipe",
+    "loader",
+    "device",
+    "seed",
+    "budget_s",
+    "wall_s",
+    "compile_s",
+    "train_s",
+    "eval_s",
+    "epochs",
+    "steps",
+    "images_per_s",
+    "val_acc",
+    "test_acc",
+    "test_acc_tta",
+    "macro_precision",
+    "macro_recall",
+    "macro_f1",
+    "params",
+    "peak_memory_bytes",
+    "torch",
+    "triton",
+    "commit",
+}
 
 
 def test_a_run_leaves_everything_it_should(job, tmp_path):
     result = run_to_end(job, tmp_path / "run")
-    assert set(KEYS) <= set(result)
+    assert set(result) >= KEYS
     assert json.loads((tmp_path / "run/result.json").read_text()) == result
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "config.yaml",
@@ -73,7 +98,9 @@ def test_a_run_leaves_everything_it_should(job, tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     for part in ("Confusion matrix", "Most confidently wrong", "<svg", "data:image/png;base64", "not CIFAR-10"):
         assert part in page
-    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
 
 
 def test_it_learns_shapes(tmp_path):
@@ -107,11 +134,24 @@ def test_a_budget_run_is_replayed_by_its_config(small_cifar, tmp_path):
 
 
 def test_a_budget_of_20_seconds_is_kept_on_a_slow_machine(tmp_path):
-    """The full recipe on shapes10 with a single thread: in time, with nine tenths of it used, the schedule at its end."""
+    """The full recipe on shapes10 with a single thread: in time, most of it used, the schedule at its end."""
     fastcifar("data", "prepare", "--dataset", "shapes10")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    only_one_core = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if sys.platform == "linux" else None
-    words = ("train", "--dataset", "shapes10", "--budget", "20s", "--device", "cpu", "--json", "--out", str(tmp_path / "run"))
+    only_one_core = (
+        (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if sys.platform == "linux" else None
+    )
+    words = (
+        "train",
+        "--dataset",
+        "shapes10",
+        "--budget",
+        "20s",
+        "--device",
+        "cpu",
+        "--json",
+        "--out",
+        str(tmp_path / "run"),
+    )
     began = time.monotonic()
     done = fastcifar(*words, env=environment, preexec_fn=only_one_core)
     took_s = time.monotonic() - began
@@ -180,7 +220,7 @@ def test_held_out_images_are_not_trained_on():
 
 
 def test_divergence_ends_the_run_with_its_place(job, tmp_path):
-    settings = replace(SMALL, dtype="float32", optim=Optim(head_lr=1e30))
+    settings = replace(SMALL, dtype="float32", optim=Optim(head_lr=1e38))
     with pytest.raises(DivergedError, match=r"step \d+ of 20"):
         run_to_end(replace(job, settings=settings), tmp_path / "run")
     assert not (tmp_path / "run/result.json").exists()
@@ -190,10 +230,12 @@ def test_warming_up_leaves_no_trace(job):
     """What CUDA compiles before the clock starts must not move a weight or a statistic."""
     setup = set_up(job, Display())
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    compile_graphs(setup.model, setup.model, SMALL, setup.loader.take(torch.arange(16)))
+    warm_up(setup.model, setup.model, SMALL, setup.loader.take(torch.arange(16)))
     assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
     assert all(weight.grad is None for weight in setup.model.parameters())
-    assert setup.model.whiten.bias.requires_grad
+    bias = setup.model.whiten.bias
+    assert bias is not None
+    assert bias.requires_grad
 
 
 def test_float16_steps_as_float32_does(job):
@@ -205,6 +247,16 @@ def test_float16_steps_as_float32_does(job):
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         x_BCHW, y_B = next(iter(setup.loader.epoch(0)))
         train_step(setup, SMALL, scaler, resize(x_BCHW[:8], 18).to(dtype), y_B[:8])
-        updates.append(torch.cat([(w - before[n]).flatten() for n, w in setup.model.named_parameters()]))
+        # Muon would blow the rounding of tiny gradients up; the weights that SGD moves follow theirs in proportion.
+        moved = [(w - before[n]).flatten() for n, w in setup.model.named_parameters() if w.ndim < 4]
+        updates.append(torch.cat(moved).detach())
     assert updates[0].norm() > 0
     assert (updates[0] - updates[1]).norm() < 0.05 * updates[0].norm()
+
+
+def test_a_short_budget_gets_smaller_batches():
+    """0.2 ms a look: 5 min buy some 400,000 images, 60 s a fifth of that, 5 s hardly any."""
+    recipe = replace(SMALL, batch_size=1000, min_steps=100)
+    sizes = [fit_batch_size(recipe, budget_s, look_s=2e-4) for budget_s in (300, 60, 25, 5)]
+    assert sizes == [1000, 500, 250, 125]
+    assert fit_batch_size(replace(recipe, min_steps=0), 5, look_s=2e-4) == 1000

@@ -1,7 +1,8 @@
 """Augmentation: what is drawn for each image, and the one pass that applies it.
 
-`draw` decides; `apply_torch` and `apply_numba` do the same to the pixels, bit for bit, from uint8 straight to normalised
-images in the compute dtype. The first is plain indexing on any device; the second is a parallel kernel for the CPU.
+`draw` decides; `apply_torch` and `apply_numba` do the same to the pixels, bit for bit, from uint8 straight to
+normalised images in the compute dtype. The first is plain indexing on any device; the second is a parallel kernel for
+the CPU.
 
 Every pixel is looked up in a table of the 256 values it can have, so normalising, changing brightness and rounding to
 bfloat16 cost one load, whatever the dtype.
@@ -55,8 +56,8 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int, de
         return (torch.rand(images, generator=generator, device=device) * 2 - 1) * most
 
     shift_N2 = places(-augment.crop_px, augment.crop_px)
-    # Alternating: one coin for the whole run, turned over every other epoch, so that two epochs show both sides of every
-    # image (arXiv:2404.00498 measures the gain over a new coin each epoch).
+    # Alternating: one coin for the whole run, turned over every other epoch, so that two epochs show both sides of
+    # every image (arXiv:2404.00498 measures the gain over a new coin each epoch).
     coin = seeded(COIN, seed, device=device) if augment.flip == "alternating" else generator
     mirror_N = torch.rand(images, generator=coin, device=device) < (0.0 if augment.flip == "none" else 0.5)
     if augment.flip == "alternating" and epoch % 2:
@@ -88,7 +89,8 @@ def reflect(place: Tensor, side_px: int) -> Tensor:
 def apply_torch(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, table_BCV: Tensor) -> Tensor:
     """The chosen uint8 images, shifted, mirrored, cut out and looked up: [B, 3, H, W] channels-last, the table's dtype.
 
-    `table_BCV` may hold one table for all (B = 1). Runs on the device of the images without synchronising with the host.
+    `table_BCV` may hold one table for all (B = 1). Runs on the device of the images without synchronising with the
+    host.
     """
     device, side_px = images_NHWC.device, images_NHWC.size(1)
     place_P = torch.arange(side_px, device=device)

@@ -20,8 +20,8 @@ PLAIN = Augment(crop_px=0, flip="none")
 class ResidentLoader:
     """Batches of one split: images [B, 3, H, W], channels-last, normalised, in `dtype`, and labels [B] int64.
 
-    Training (`shuffle=True`): a new order and new draws each epoch, fixed by (seed, epoch); the incomplete last batch is
-    left out. Evaluation (`shuffle=False`): every image once, in the order of the split.
+    Training (`shuffle=True`): a new order and new draws each epoch, fixed by (seed, epoch); the incomplete last batch
+    is left out. Evaluation (`shuffle=False`): every image once, in the order of the split.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which parameters learn how, and how fast at each point of the training.
 
-The learning rate is a function of progress (0 at the start, 1 at the end), not of a step count, so that one schedule serves
-a run of fixed length and one that fits itself into a budget.
+The learning rate is a function of progress (0 at the start, 1 at the end), not of a step count, so that one schedule
+serves a run of fixed length and one that fits itself into a budget.
 """
 
 from torch.optim import SGD, Optimizer
@@ -21,8 +21,8 @@ def one_cycle(progress: float, warmup: float, until: float = 1.0) -> float:
 def build_optimizers(model: SpeedNet, optim: Optim, batch_size: int) -> list[Optimizer]:
     """Muon for the filters; SGD for whitening bias, BatchNorm biases and head.
 
-    Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning. The loss is a sum over the
-    batch, and so is the weight decay.
+    Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning. The loss is a sum over
+    the batch, and so is the weight decay.
     """
     filters = [weight for weight in model.groups.parameters() if weight.ndim == 4]
     biases = [weight for weight in model.groups.parameters() if weight.ndim == 1 and weight.requires_grad]
