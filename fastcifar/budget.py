@@ -86,9 +86,6 @@ class Pace:
             return 0.0
         return min(1.0, next(knot for knot in reversed(self.knots) if knot.step <= step).at(step))
 
-    def stage(self, step: int) -> Stage:
-        return stage_at(self.stages, self.progress(step))
-
     def middle(self, step: int) -> float:
         """Progress halfway through a step: where its learning rate is read, so that the last one's is near the end.
 
@@ -97,13 +94,15 @@ class Pace:
         return (self.progress(step) + self.progress(step + 1)) / 2 if step else 0.0
 
     def cost_s(self, image_px: int) -> float:
-        """Seconds a step takes at this size: measured, or scaled from the nearest size that was."""
-        if image_px not in self.first_s:
-            known_px = min(self.first_s, key=lambda px: abs(px - image_px))
-            return self.cost_s(known_px) * guess_cost(image_px) / guess_cost(known_px)
-        # The first step at a size pays for memory and kernels that the later ones find ready: 2-3 times as long.
-        recent_s = self.recent_s[image_px]
-        return median(recent_s) if recent_s else self.first_s[image_px]
+        """Seconds a step takes at this size: measured, or scaled from the nearest size that was.
+
+        The first step at a size pays for memory and kernels that the later ones find ready, 2-3 times as long, so it
+        is believed only while there is nothing else.
+        """
+        settled = [px for px in self.recent_s if self.recent_s[px]]
+        nearest_px = min(settled or self.first_s, key=lambda px: abs(px - image_px))
+        seconds = median(self.recent_s[nearest_px]) if settled else self.first_s[nearest_px]
+        return seconds * guess_cost(image_px) / guess_cost(nearest_px)
 
     def surcharge_s(self, image_px: int) -> float:
         """What the first step at a size that is still to come will take on top, judged by the last such step."""

@@ -66,12 +66,14 @@ def train(chosen: Namespace, started_s: float) -> int:
         job = read_job(chosen)
         folder = RunFolder.create(chosen.out, job.recipe)
     prepare_process()
+    from fastcifar.devices import out_of_memory_named
     from fastcifar.display import Display, print_result
     from fastcifar.train import train
 
     display = Display()
     try:
-        result = train(job, folder, display, started_s, resume=chosen.resume is not None)
+        with out_of_memory_named(job.settings.batch_size):
+            result = train(job, folder, display, started_s, resume=chosen.resume is not None)
     except KeyboardInterrupt:
         if (folder.path / "checkpoint.safetensors").exists():
             display.say(f"Stopped. Go on with: fastcifar train --resume {folder.path}")

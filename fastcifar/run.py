@@ -73,9 +73,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: Path | None, recipe: str) -> "RunFolder":
-        """Make the folder: `out`, or a new one under runs/. Raises UsageError if it already holds a run."""
+        """Make the folder: `out`, or a new one under runs/. Raises UsageError if it holds a run already."""
         path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe}-{os.getpid()}"
-        if (path / "config.yaml").exists():
+        if any((path / name).exists() for name in ("result.json", "checkpoint.safetensors")):
             raise UsageError(
                 f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out"
             )

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcifar.budget import Knot, Pace, stage_at
-from fastcifar.devices import out_of_memory_named
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.evaluate import accuracy, evaluate
@@ -61,7 +60,6 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     setup = set_up(job, display)
     recipe = replace(setup.recipe, min_steps=0)  # a resumed or repeated run keeps the batch size it was given
     job = replace(job, settings=recipe)
-    folder.write_config(job.config())
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
 
     if job.budget_s is not None:
@@ -70,13 +68,13 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     else:
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace, tta = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)]), recipe.tta
-    position, val_acc = Position(), None
-    if checkpoint is not None:
-        position = restore(setup, pace, checkpoint)
+    folder.write_config(job.config())
+    position = restore(setup, pace, checkpoint) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
+    val_acc = next((row["val_accuracy"] for row in reversed(metrics.rows) if "val_accuracy" in row), None)
 
     saved_s, judged = -math.inf, pace.progress(position.step)
-    with interrupts.held(), out_of_memory_named(recipe.batch_size):
+    with interrupts.held():
         for rows in fit(setup, recipe, pace, position):
             progress, now_s = rows[-1]["progress"], time.monotonic()
             if setup.held_out_loader and (progress >= min(1.0, judged + JUDGE_EVERY)):
@@ -131,24 +129,14 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
             if len(pending) < length and pace.progress(position.step) < 1:
                 continue
 
-            read = [
-                (row, loss.item() / recipe.batch_size, hits.item() / recipe.batch_size) for row, loss, hits in pending
-            ]
+            rows = [read_row(row, loss, hits, recipe) for row, loss, hits in pending]  # waits for the device
             now_s = time.monotonic()
-            seconds = (now_s - resumed_s) / len(pending)
+            seconds = (now_s - resumed_s) / len(rows)
             position.train_s += now_s - resumed_s
             pace.measured(position.step, image_px, seconds, now_s)
-            rows = []
-            for row, loss, hits in read:
-                if not math.isfinite(loss):
-                    raise DivergedError(
-                        f"The loss is {loss} at step {row['step']} of {pace.steps}.",
-                        f"--optim.muon_lr {recipe.optim.muon_lr / 2:g}",
-                    )
-                progress = {"epoch": row["step"] / len(loader), "progress": pace.progress(row["step"])}
-                rows.append(
-                    row | progress | {"loss": loss, "accuracy": hits, "images_per_s": recipe.batch_size / seconds}
-                )
+            for row in rows:
+                row["epoch"], row["progress"] = row["step"] / len(loader), pace.progress(row["step"])
+                row["images_per_s"] = recipe.batch_size / seconds
             yield rows
             pending, length, resumed_s = [], min(2 * length, longest), time.monotonic()
 
@@ -167,6 +155,18 @@ def train_step(
     scaler.update()
     setup.model.zero_grad(set_to_none=True)
     return loss.detach(), (logits_BK.detach().argmax(1) == y_B).sum()
+
+
+def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
+    """The row with loss and accuracy, per image, fetched from the device. Raises DivergedError."""
+    row["loss"], row["accuracy"] = loss.item() / recipe.batch_size, hits.item() / recipe.batch_size
+    if not math.isfinite(row["loss"]):
+        raise DivergedError(
+            f"Training diverged: the loss is {row['loss']} at step {row['step']}, "
+            f"the learning rate at {row['lr']:.0%} of its peak.",
+            f"--optim.muon_lr {recipe.optim.muon_lr / 2:g} --optim.head_lr {recipe.optim.head_lr / 2:g}",
+        )
+    return row
 
 
 def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:

@@ -1,6 +1,7 @@
 """Durations, and a pace that ends in time whatever the machine does."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -90,3 +91,18 @@ def test_fixed_length_is_even():
     pace = Pace(STAGES, [Knot(0, 0.0, 10)])
     assert [pace.progress(step) for step in range(11)] == [step / 10 for step in range(11)]
     assert [stage_at(STAGES, pace.progress(step)).image_px for step in range(10)] == [20] * 3 + [24] * 3 + [32] * 4
+
+
+def test_a_slow_first_step_at_a_new_size_is_no_reason_to_hurry():
+    """Only the time it took is gone; the steps after it are expected at the usual pace."""
+    seen = set()
+
+    def step_s(_, image_px):
+        first = image_px not in seen
+        seen.add(image_px)
+        return (2.5 if first else 1) * 0.2 * (250 + image_px**2) / 650
+
+    pace = Pace(STAGES, [], deadline_s=100.0)
+    _, progress, _ = simulate(pace, step_s, 0.0)
+    rises = [after - before for before, after in pairwise(progress[5:])]
+    assert max(rises) < 1.2 * min(rises)

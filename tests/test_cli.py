@@ -156,10 +156,19 @@ def test_eval_repeats_the_runs_own_figures(small_cifar, tmp_path):
 
 
 def test_a_folder_with_a_run_is_not_overwritten(small_cifar, tmp_path):
-    (tmp_path / "config.yaml").write_text("recipe: speed\n")
-    done = fastcifar("train", "--data", str(small_cifar), "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "already holds a run" in done.stderr
+    for name in ("result.json", "checkpoint.safetensors"):
+        (tmp_path / name).touch()
+        done = fastcifar("train", "--data", str(small_cifar), "--out", str(tmp_path))
+        assert done.returncode == 2
+        assert "already holds a run" in done.stderr
+        (tmp_path / name).unlink()
+
+
+def test_a_run_that_never_began_leaves_no_folder(small_cifar, tmp_path):
+    for words, code in ((["--device", "abacus"], 5), (["--budget", "1s"], 2)):
+        done = fastcifar("train", "--data", str(small_cifar), *words, "--out", str(tmp_path / "run"))
+        assert done.returncode == code, done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 def test_recipe_fields_are_overridden_by_dotted_name_and_by_file(tmp_path):
@@ -217,3 +226,19 @@ def test_doctor_tries_things():
 def test_recipes_are_checked():
     with pytest.raises(UsageError, match=r"tta\.share"):
         job_of("--tta.share", "1.5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_out_of_memory_ends_with_5(small_cifar, tmp_path):
+    """A process that may have 6 GiB of addresses, some 4 of which torch and its threads reserve, and wide layers."""
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)\n"
+        "from fastcifar.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", "--data", str(small_cifar), "--device", "cpu", "--batch-size", "2000", "--dtype", "float32"]
+    words += ["--model.widths", "[512,512,512]", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "Out of memory with batches of 2000 images" in done.stderr
+    assert "--batch_size 1000" in done.stderr
+    assert "Traceback" not in done.stderr

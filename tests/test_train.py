@@ -221,7 +221,7 @@ def test_held_out_images_are_not_trained_on():
 
 def test_divergence_ends_the_run_with_its_place(job, tmp_path):
     settings = replace(SMALL, dtype="float32", optim=Optim(head_lr=1e38))
-    with pytest.raises(DivergedError, match=r"step \d+ of 20"):
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step \d+"):
         run_to_end(replace(job, settings=settings), tmp_path / "run")
     assert not (tmp_path / "run/result.json").exists()
 
