@@ -48,6 +48,7 @@ class Setup:
     optimizers: list[Optimizer]
     compile_s: float
     look_s: float  # to evaluate one image once
+    wait_every: int  # most steps between two times that the program waits for the device
 
 
 def set_up(job: Job, display: Display) -> Setup:
@@ -103,6 +104,8 @@ def set_up(job: Job, display: Display) -> Setup:
         build_optimizers(model, recipe.optim, recipe.batch_size),
         compile_s,
         look_s,
+        # A GPU runs ahead of the program; asking it for a number makes it wait, and once an epoch is enough.
+        wait_every=1 if device.type == "cpu" else len(loader),
     )
 
 

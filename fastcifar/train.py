@@ -107,14 +107,13 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterator[list[dict]]:
     """Train on from `position` until all progress is made; yields rows of metrics whenever the device was waited for.
 
-    A CPU is waited for at every step. A GPU runs ahead of the program, so it is asked for its numbers ever more rarely,
-    at last once an epoch. What the caller does in between counts as no training time.
+    That is after 1, 2, 4 ... and at last every `setup.wait_every` steps. What the caller does in between counts as no
+    training time.
 
     Raises DivergedError.
     """
     loader, pending = setup.loader, []
     scaler = torch.amp.GradScaler(setup.device.type, enabled=recipe.dtype == "float16")
-    longest = 1 if setup.device.type == "cpu" else len(loader)
     length, resumed_s = 1, time.monotonic()
     for epoch in itertools.count(position.step // len(loader)):
         for x_BCHW, y_B in loader.epoch(epoch, first_batch=position.step % len(loader)):
@@ -138,7 +137,7 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
                 row["epoch"], row["progress"] = row["step"] / len(loader), pace.progress(row["step"])
                 row["images_per_s"] = recipe.batch_size / seconds
             yield rows
-            pending, length, resumed_s = [], min(2 * length, longest), time.monotonic()
+            pending, length, resumed_s = [], min(2 * length, setup.wait_every), time.monotonic()
 
 
 def train_step(

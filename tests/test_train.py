@@ -8,18 +8,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastcifar.budget import Knot, Pace
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
 from fastcifar.recipes import Model, Optim, Recipe, Stage, Tta
 from fastcifar.run import RunFolder
-from fastcifar.setup import fit_batch_size, resize, set_up, warm_up
-from fastcifar.train import train, train_step
+from fastcifar.setup import Setup, fit_batch_size, resize, set_up, warm_up
+from fastcifar.train import Position, fit, train, train_step
 
 SMALL = Recipe(
     batch_size=125,
@@ -260,3 +262,31 @@ def test_a_short_budget_gets_smaller_batches():
     sizes = [fit_batch_size(recipe, budget_s, look_s=2e-4) for budget_s in (300, 60, 25, 5)]
     assert sizes == [1000, 500, 250, 125]
     assert fit_batch_size(replace(recipe, min_steps=0), 5, look_s=2e-4) == 1000
+
+
+def losses(setup: Setup, knots: list[Knot]) -> tuple[list[float], list[int]]:
+    """Train to the end of the plan: the loss of every step, and how many rows came at a time."""
+    chunks = list(fit(setup, SMALL, Pace(SMALL.stages, knots), Position()))
+    return [row["loss"] for rows in chunks for row in rows], [len(rows) for rows in chunks]
+
+
+def test_waiting_rarely_for_the_device_changes_nothing_but_the_waiting(job):
+    """A GPU is asked for its numbers once an epoch; the same path on a CPU."""
+    knots = [Knot(0, 0.0, 21)]
+    often, ones = losses(set_up(job, Display()), knots)
+    rarely, chunks = losses(replace(set_up(job, Display()), wait_every=8), knots)
+    assert ones == [1] * 21
+    assert chunks == [1, 2, 4, 8, 6]
+    assert rarely == often
+
+
+def test_compiled_training_equals_eager_training(job):
+    """What CUDA runs by default, on the CPU: every image size, and the whitening bias that stops learning midway."""
+    knots = [Knot(0, 0.0, 12)]
+    eager, _ = losses(set_up(job, Display()), knots)
+    setup = set_up(job, Display())
+    forward = torch.compile(setup.model, fullgraph=True, backend="aot_eager")
+    setup = replace(setup, forward=cast(torch.nn.Module, forward))
+    warm_up(setup.forward, setup.model, SMALL, setup.loader.take(torch.arange(125)))
+    compiled, _ = losses(setup, knots)
+    assert compiled == pytest.approx(eager, rel=0.01)
