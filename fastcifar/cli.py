@@ -168,6 +168,8 @@ def read_job(chosen: Namespace) -> Job:
     epochs = find_recipe(chosen.recipe).epochs if chosen.epochs is None else chosen.epochs
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
+    if chosen.data is not None:
+        job["data"] = chosen.data.expanduser().absolute()  # config.yaml may be read from another folder
     return Job(settings=Recipe(**recipe, epochs=epochs), **job)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ def describe_result(
     macro averages, like `test_acc_tta`, are of the answers with test-time augmentation. `val_acc` is null unless
     images were held out for --target.
     """
-    batch_size, dataset = job.settings.batch_size, setup.dataset
+    batch_size, dataset = setup.recipe.batch_size, setup.dataset
     return {
         "dataset": dataset.name,
         "data_verified": dataset.verified,

@@ -59,7 +59,7 @@ def set_up(job: Job, display: Display) -> Setup:
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
     torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
-    train, held_out = hold_out(dataset.train, HELD_OUT if job.target else 0)
+    train, held_out = hold_out(dataset, HELD_OUT) if job.target else (dataset.train, None)
     if recipe.batch_size > len(train):
         raise UsageError(
             f"--batch_size: {recipe.batch_size} is more than the {len(train)} training images of {dataset.name}.",
@@ -79,11 +79,10 @@ def set_up(job: Job, display: Display) -> Setup:
         seed=job.seed,
     )
     began_s = time.monotonic()
-    loader.take(torch.arange(1, device=device))  # compiles the loader's kernel, or fetches it from numba's cache
-    compile_s = time.monotonic() - began_s
+    x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, len(train)), device=device))
+    compile_s = time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
-    first_images = torch.arange(min(WHITENING_IMAGES, len(train)), device=device)
-    model.fit_whitening(loader.take(first_images), recipe.model.whiten_eps)
+    model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     look_s = time_a_look(model, loader)
     if job.budget_s:
         recipe = replace(recipe, batch_size=fit_batch_size(recipe, job.budget_s, look_s))
@@ -98,7 +97,7 @@ def set_up(job: Job, display: Display) -> Setup:
         device,
         loader,
         plain_loader(dataset.test),
-        plain_loader(held_out) if job.target else None,
+        plain_loader(held_out) if held_out else None,
         model,
         forward,
         build_optimizers(model, recipe.optim, recipe.batch_size),
@@ -124,11 +123,19 @@ def open_dataset(job: Job, display: Display) -> Dataset:
     return dataset
 
 
-def hold_out(split: Split, count: int) -> tuple[Split, Split]:
-    """(rest, `count` images drawn with a fixed seed, so that every run is judged on the same ones)."""
+def hold_out(dataset: Dataset, count: int) -> tuple[Split, Split]:
+    """(the other training images, `count` of them, always the same ones). Raises UsageError if that would be all."""
+    split = dataset.train
+    if len(split) <= count:
+        raise UsageError(
+            f"--target: holds out {count} training images, {dataset.name} has {len(split)}.", "--epochs 10"
+        )
     order_N = np.random.default_rng(0).permutation(len(split))
-    taken, rest = np.sort(order_N[:count]), np.sort(order_N[count:])
-    return tuple(Split(split.images_NHWC[ids], split.labels_N[ids]) for ids in (rest, taken))  # type: ignore[return-value]
+    taken, rest = (
+        Split(split.images_NHWC[ids], split.labels_N[ids])
+        for ids in (np.sort(order_N[:count]), np.sort(order_N[count:]))
+    )
+    return rest, taken
 
 
 def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:

@@ -58,8 +58,9 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     if checkpoint is not None:
         started_s -= checkpoint.spent_s
     setup = set_up(job, display)
-    recipe = replace(setup.recipe, min_steps=0)  # a resumed or repeated run keeps the batch size it was given
-    job = replace(job, settings=recipe)
+    # What is resumed or repeated later keeps the batch size and the data set that were found now.
+    recipe = replace(setup.recipe, min_steps=0)
+    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None)
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
 
     if job.budget_s is not None:
@@ -68,7 +69,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     else:
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace, tta = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)]), recipe.tta
-    folder.write_config(job.config())
+    folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
     val_acc = next((row["val_accuracy"] for row in reversed(metrics.rows) if "val_accuracy" in row), None)
@@ -98,7 +99,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     folder.write_model(setup.model.state_dict())
     result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, tta)
     write_report(folder, result, metrics.rows, evaluation, setup.dataset)
-    folder.write_config(replace(job, budget=None, plan=pace.knots).config())
+    folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
     result["wall_s"] = time.monotonic() - started_s
     folder.finish(result)
     return result

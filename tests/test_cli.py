@@ -97,6 +97,12 @@ def test_a_batch_larger_than_the_set_ends_with_2(small_cifar, tmp_path):
     assert "2000 training images" in done.stderr
 
 
+def test_a_target_needs_images_to_hold_out(small_cifar, tmp_path):
+    done = fastcifar("train", "--data", str(small_cifar), "--target", "0.9", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "--target: holds out 5000 training images, cifar10 has 2000" in done.stderr
+
+
 def test_divergence_ends_with_4(small_cifar, tmp_path):
     words = ["--steps", "20", "--batch-size", "125", "--model.widths", "[8,8,8]", "--optim.head_lr", "1e38"]
     done = fastcifar("train", "--data", str(small_cifar), "--device", "cpu", *words, "--out", str(tmp_path / "run"))
@@ -104,7 +110,7 @@ def test_divergence_ends_with_4(small_cifar, tmp_path):
     assert "step" in done.stderr
 
 
-def test_the_fallback_is_announced_at_both_ends_and_in_the_result(tmp_path, monkeypatch):
+def test_the_fallback_is_announced_at_both_ends_and_in_the_result(small_cifar, tmp_path, monkeypatch):
     monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # no network, whatever this machine has
     monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path / "cache"))
@@ -118,6 +124,10 @@ def test_the_fallback_is_announced_at_both_ends_and_in_the_result(tmp_path, monk
     assert "because cifar10 was not there" in done.stdout
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["dataset"], result["fallback_from"], result["data_verified"]) == ("shapes10", "cifar10", False)
+    # The run is one on shapes10 for good, also when CIFAR-10 has come to this machine since.
+    monkeypatch.setenv("FASTCIFAR_DATA", str(small_cifar))
+    judged = fastcifar("eval", str(tmp_path / "run"), "--json")
+    assert json.loads(judged.stdout.splitlines()[-1])["dataset"] == "shapes10", judged.stderr
 
 
 def test_a_wrong_path_is_not_fallen_back_from(tmp_path):
