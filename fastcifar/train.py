@@ -31,7 +31,7 @@ from fastcifar.run import Checkpoint, Metrics, RunFolder
 from fastcifar.setup import Setup, resize, set_up
 
 CHECKPOINT_EVERY_S = 30.0
-JUDGE_EVERY = 0.05  # progress between two looks at the held-out images
+JUDGE_EVERY = 0.1  # progress between two looks at the held-out images; each costs a second on two cores
 REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
 EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
 
