@@ -109,8 +109,8 @@ def test_it_learns_shapes(tmp_path):
     """A few hundred small steps on shapes10 get far beyond what pixels alone tell."""
     recipe = replace(SMALL, batch_size=500, model=Model(widths=(32, 64, 64)))
     result = run_to_end(Job("speed", recipe, dataset="shapes10", device="cpu", steps=150), tmp_path / "run")
-    assert result["test_acc"] > 0.75
-    assert result["test_acc_tta"] > 0.75
+    assert result["test_acc"] > 0.9  # measured: 0.998, where a linear classifier on the pixels reaches 0.13
+    assert result["test_acc_tta"] > 0.9
 
 
 def test_two_runs_with_one_seed_are_equal_to_the_bit(job, tmp_path):
