@@ -164,7 +164,7 @@ class Recipe:
 # The whitened convnet of the CIFAR-10 speed records (cifar10-airbench), on images that grow while it learns: the early
 # steps see 20 pixels and cost half of the late ones. Source of the choices that differ: LOG.md, 2026-11-20.
 #   fastcifar train --recipe speed --budget 5min
-# CIFAR-10 on 2 CPU cores with AMX: 93.7 % in 5 min, 87.7 % in 60 s; CIFAR-100: 68 % in 5 min (README). No GPU measured.
+# CIFAR-10 on 2 CPU cores with AMX: 93.7 % in 5 min, 87.8 % in 60 s; CIFAR-100: 68 % in 5 min (README). No GPU measured.
 SPEED = Recipe(
     batch_size=1000,
     min_steps=100,
