@@ -63,8 +63,7 @@ class Pace:
     Args:
         stages: image sizes and the progress up to which each is used.
         knots: the plan so far: one knot for a run of fixed length, those of an earlier run to replay or resume it.
-        deadline_s: when the last step must have ended, on the caller's clock; None for a run of fixed length. May be
-            moved while running.
+        deadline_s: when the last step must have ended, on the caller's clock; None for a run of fixed length.
     """
 
     HEADROOM = 0.01  # share of the time left that is not planned for: steps scatter by a few percent

@@ -28,6 +28,16 @@ class Evaluation:
     recall_K: np.ndarray
     f1_K: np.ndarray
 
+    def summary(self) -> dict[str, float]:
+        """The figures that result.json and `fastcifar eval` share."""
+        return {
+            "test_acc": self.accuracy,
+            "test_acc_tta": self.accuracy_tta,
+            "macro_precision": float(self.precision_K.mean()),
+            "macro_recall": float(self.recall_K.mean()),
+            "macro_f1": float(self.f1_K.mean()),
+        }
+
 
 @torch.inference_mode()
 def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:

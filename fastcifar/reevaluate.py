@@ -33,11 +33,7 @@ def reevaluate(run: Path, job: Job, display: Display) -> dict:
         "run": str(run),
         "dataset": dataset.name,
         "data_verified": dataset.verified,
-        "test_acc": found.accuracy,
-        "test_acc_tta": found.accuracy_tta,
-        "macro_precision": float(found.precision_K.mean()),
-        "macro_recall": float(found.recall_K.mean()),
-        "macro_f1": float(found.f1_K.mean()),
+        **found.summary(),
         "classes": {
             name: {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
             for name, precision, recall, f1 in zip(

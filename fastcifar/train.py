@@ -58,17 +58,20 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     if checkpoint is not None:
         started_s -= checkpoint.spent_s
     setup = set_up(job, display)
-    # What is resumed or repeated later keeps the batch size and the data set that were found now.
     recipe = replace(setup.recipe, min_steps=0)
-    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None)
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
 
     if job.budget_s is not None:
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
+        if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
+            refuse_hopeless(job.budget_s, deadline_s)
+        recipe = replace(recipe, tta=tta)
         pace = Pace(recipe.stages, job.plan, deadline_s)
     else:
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
-        pace, tta = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)]), recipe.tta
+        pace = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)])
+    # What is resumed or repeated later keeps the data set, batch size and second look that were settled on now.
+    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None)
     folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
@@ -94,10 +97,10 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     display.close()
 
     evaluation_began_s = time.monotonic()
-    evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), tta)
+    evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
     eval_s = time.monotonic() - evaluation_began_s
     folder.write_model(setup.model.state_dict())
-    result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, tta)
+    result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
     write_report(folder, result, metrics.rows, evaluation, setup.dataset)
     folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
     result["wall_s"] = time.monotonic() - started_s
@@ -170,23 +173,24 @@ def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
 
 
 def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:
-    """(when training must end for the evaluation to be done in time, the images there is time to look at again)
-
-    Raises UsageError if that leaves nearly nothing to train.
-    """
+    """(when training must end for the evaluation to be done in time, the images there is time to look at again)"""
     images = len(setup.test_loader.labels_N)
     views = 6 if tta.shift_px else 2
     affordable = (EVALUATION_SHARE * budget_s / setup.look_s / images - 1) / views
     tta = replace(tta, share=min(tta.share, max(0.0, affordable)))
     ending_s = setup.look_s * images * (1 + views * tta.share) + REPORT_S
-    left_s = started_s + budget_s - ending_s - time.monotonic()
+    return started_s + budget_s - ending_s, tta
+
+
+def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
+    """Raise UsageError if less than a fifth of the budget is left to train before `deadline_s`."""
+    left_s = deadline_s - time.monotonic()
     if left_s < 0.2 * budget_s:
         needed_s = math.ceil((budget_s - left_s) / 0.7)
         raise UsageError(
             f"--budget: set-up and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
             f"--budget {needed_s}s",
         )
-    return started_s + budget_s - ending_s, tta
 
 
 def capture(setup: Setup, pace: Pace, position: Position, spent_s: float) -> Checkpoint:

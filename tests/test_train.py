@@ -132,7 +132,8 @@ def test_a_budget_run_is_replayed_by_its_config(small_cifar, tmp_path):
     assert all(torch.equal(one[name], same[name]) for name in one)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "again")]
     assert results[0]["steps"] == results[1]["steps"]
-    assert results[0]["test_acc"] == results[1]["test_acc"]
+    for key in ("test_acc", "test_acc_tta", "tta_share"):
+        assert results[0][key] == results[1][key]
 
 
 def test_a_budget_of_20_seconds_is_kept_on_a_slow_machine(tmp_path):
@@ -192,6 +193,24 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(how, small_cifar,
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert [row["loss"] for row in rows(tmp_path / "run")] == [row["loss"] for row in rows(tmp_path / "whole")]
     assert fastcifar("train", "--resume", str(tmp_path / "run")).returncode == 2, "a finished run is not resumed"
+
+
+def test_a_budget_run_interrupted_near_its_end_goes_on(small_cifar, tmp_path):
+    """Hardly any time is left to train, which is no reason to refuse what is nearly done."""
+    fields = ["--batch-size", "125", "--model.widths", "[16,32,32]", "--data", str(small_cifar), "--device", "cpu"]
+    words = ["train", "--budget", "15s", *fields, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "fastcifar", *words])
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and (done := rows(tmp_path / "run")) and done[-1]["progress"] > 0.9):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    resumed = fastcifar("train", "--resume", str(tmp_path / "run"), "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout.splitlines()[-1])
+    assert result["wall_s"] > result["train_s"] > 0.4 * 15, "the time spent before counts"
+    assert rows(tmp_path / "run")[-1]["progress"] == 1
 
 
 def test_time_spent_before_an_interruption_counts(job, tmp_path):
