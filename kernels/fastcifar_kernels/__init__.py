@@ -1,0 +1,21 @@
+"""Triton kernels for dynamic convolution: usable from any PyTorch model, each with its plain-torch reference beside it.
+
+    weighted_sum             k feature maps, summed with coefficients of each sample
+    bn_relu_weighted_sum     the same with BatchNorm and ReLU on each map first, nothing written in between
+    aggregate_weights        k sets of filters, summed with coefficients of each sample
+    batch_statistics         the mean and variance that BatchNorm needs, in one pass
+
+All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
+tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
+in Triton's interpreter. `python -m fastcifar_kernels.verify` compares them all with float64.
+
+Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
+for filters O output channels, I input channels.
+"""
+
+from fastcifar_kernels.aggregate_weights import aggregate_weights
+from fastcifar_kernels.batch_statistics import batch_statistics
+from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum
+from fastcifar_kernels.weighted_sum import weighted_sum
+
+__all__ = ["aggregate_weights", "batch_statistics", "bn_relu_weighted_sum", "weighted_sum"]

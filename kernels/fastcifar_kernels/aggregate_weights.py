@@ -1,0 +1,266 @@
+"""out[n] = sum over k of coef[n, k] * w[k]: filters of each sample's own, for one convolution instead of K.
+
+(CondConv, arXiv:1904.04971; dynamic convolution, arXiv:1912.03458.) The result feeds a grouped convolution, a group for
+each sample.
+
+Traffic in units of M = O * I * H * W elements: forward reads K and writes N; backward reads K + N and writes K (in
+float32). The gradients of filters and coefficients need the same N * M elements, so one kernel reads them for both.
+"""
+
+# numba and triton change what their decorators wrap:
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastcifar_kernels.layout import check_companion, check_dtype, check_span, check_values, runs_triton
+from fastcifar_kernels.loops import as_array, narrow, widen
+from fastcifar_kernels.tiles import THREAD_BYTES
+
+WARPS = 4
+PROGRAMS = 1024
+EXPERTS_AT_ONCE = 4  # in the backward kernel, whose threads keep filters and their gradients in registers
+# What a CPU core sums at once: so many elements of each filter, so many samples. Sums of more are sums of sums.
+CHUNK_M, CHUNK_N = 1024, 64
+LANES = 16  # running sums side by side: one vector, in an order that the compiler may not choose (it would by chance)
+
+
+def aggregate_weights_reference(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The same in plain torch: the truth the kernels are held to."""
+    return torch.einsum("nk,koihw->noihw", coef_NK.to(w_KOIHW.dtype), w_KOIHW).to(dtype or w_KOIHW.dtype)
+
+
+def aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum K sets of filters with coefficients of each sample.
+
+    Args:
+        w_KOIHW: float32, bfloat16 or float16.
+        coef_NK: any of these types; used as float32.
+        dtype: the type of the result, that of `w_KOIHW` if not given: float32 filters need no pass of their own to
+            become bfloat16.
+
+    Returns:
+        [N, O, I, H, W]; channels-last filters if those of `w_KOIHW` are, else contiguous.
+
+    Raises:
+        ValueError: shapes, types or devices do not belong together, or one set of filters has 2**31 elements or more.
+    """
+    check_values("w_KOIHW", w_KOIHW, 5)
+    check_span("w_KOIHW", w_KOIHW)
+    if coef_NK.dim() != 2:
+        raise ValueError(f"coef_NK must have 2 dimensions, has shape {tuple(coef_NK.shape)}.")
+    check_companion("coef_NK", coef_NK, (coef_NK.size(0), w_KOIHW.size(0)), "w_KOIHW", w_KOIHW)
+    check_dtype("dtype", dtype or w_KOIHW.dtype)
+    return _aggregate_weights(w_KOIHW, coef_NK.float(), dtype or w_KOIHW.dtype)
+
+
+# Both sides see filters as rows [K, M]. Which element of a filter is where does not matter, only that it is the same
+# everywhere.
+
+
+def _channels_last(w_KOIHW: Tensor) -> bool:
+    return not w_KOIHW.is_contiguous() and w_KOIHW.permute(0, 1, 3, 4, 2).is_contiguous()
+
+
+def _empty(samples: int, w_KOIHW: Tensor, dtype: torch.dtype) -> Tensor:
+    """An unwritten [N, O, I, H, W] whose filters lie as those of `w_KOIHW`."""
+    _, o, i, h, w = w_KOIHW.shape
+    if _channels_last(w_KOIHW):
+        return torch.empty((samples, o, h, w, i), dtype=dtype, device=w_KOIHW.device).permute(0, 1, 4, 2, 3)
+    return torch.empty((samples, o, i, h, w), dtype=dtype, device=w_KOIHW.device)
+
+
+def _as_rows(any_KOIHW: Tensor, like_KOIHW: Tensor) -> Tensor:
+    """[K, M], its elements in the order of `like_KOIHW`."""
+    lying = any_KOIHW.permute(0, 1, 3, 4, 2) if _channels_last(like_KOIHW) else any_KOIHW
+    return lying.contiguous().view(len(any_KOIHW), -1)
+
+
+# Triton
+
+
+@triton.jit
+def _aggregate_weights_fwd_kernel(
+    w_ptr, coef_ptr, out_ptr, samples, size, samples_per_program,
+    EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    k_K11 = tl.arange(0, BLOCK_K)[:, None, None]
+    m_11M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, None, :]
+    w_K1M = tl.load(w_ptr + k_K11.to(tl.int64) * size + m_11M, (k_K11 < EXPERTS) & (m_11M < size), 0)
+    first = tl.program_id(1) * samples_per_program
+    for n0 in range(first, tl.minimum(first + samples_per_program, samples), BLOCK_N):
+        n_1N1 = n0 + tl.arange(0, BLOCK_N)[None, :, None]
+        coef_KN1 = tl.load(coef_ptr + n_1N1 * EXPERTS + k_K11, (n_1N1 < samples) & (k_K11 < EXPERTS), 0)
+        out_1NM = tl.sum(coef_KN1 * w_K1M, axis=0, keep_dims=True)
+        tl.store(out_ptr + n_1N1.to(tl.int64) * size + m_11M, out_1NM, (n_1N1 < samples) & (m_11M < size))
+
+
+@triton.jit
+def _aggregate_weights_bwd_kernel(
+    w_ptr, coef_ptr, grad_ptr, grad_w_ptr, grad_coef_ptr, samples, size, samples_per_program,
+    EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    k_K11 = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
+    m_11M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, None, :]
+    of_w = (k_K11 < EXPERTS) & (m_11M < size)
+    w_K1M = tl.load(w_ptr + k_K11.to(tl.int64) * size + m_11M, of_w, 0).to(tl.float32)
+    grad_w_KNM = tl.zeros((BLOCK_K, BLOCK_N, BLOCK_M), tl.float32)
+    first = tl.program_id(1) * samples_per_program
+    end = tl.minimum(first + samples_per_program, samples)
+    for n0 in range(first, end, BLOCK_N):
+        n_1N1 = n0 + tl.arange(0, BLOCK_N)[None, :, None]
+        of_coef = (n_1N1 < samples) & (k_K11 < EXPERTS)
+        coef_KN1 = tl.load(coef_ptr + n_1N1 * EXPERTS + k_K11, of_coef, 0)
+        inside = (n_1N1 < samples) & (m_11M < size)
+        grad_1NM = tl.load(grad_ptr + n_1N1.to(tl.int64) * size + m_11M, inside, 0).to(tl.float32)
+        grad_w_KNM += coef_KN1 * grad_1NM
+        part_KN1 = (tl.program_id(0).to(tl.int64) * samples + n_1N1) * EXPERTS + k_K11
+        tl.store(grad_coef_ptr + part_KN1, tl.sum(grad_1NM * w_K1M, axis=2, keep_dims=True), of_coef)
+    at_K1M = (tl.program_id(1) * EXPERTS + k_K11).to(tl.int64) * size + m_11M
+    tl.store(grad_w_ptr + at_K1M, tl.sum(grad_w_KNM, axis=1, keep_dims=True), of_w)
+
+
+def _blocks(w_KM: Tensor, rows_NM: Tensor, block_k: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Launch grid (elements, samples, experts) and sizes. A warp holds a row of BLOCK_M: sums over M stay inside it."""
+    (experts, size), samples = w_KM.shape, len(rows_NM)
+    block_m = 32 * THREAD_BYTES // rows_NM.element_size()
+    columns = triton.cdiv(size, block_m)
+    rounds = triton.cdiv(samples, WARPS)
+    groups = triton.cdiv(experts, block_k)
+    samples_per_program = triton.cdiv(rounds, triton.cdiv(PROGRAMS, columns * groups)) * WARPS
+    sizes = {
+        "samples": samples,
+        "size": size,
+        "samples_per_program": samples_per_program,
+        "EXPERTS": experts,
+        "BLOCK_K": block_k,
+        "BLOCK_N": WARPS,
+        "BLOCK_M": block_m,
+        "num_warps": WARPS,
+        "enable_fp_fusion": True,
+    }
+    return (columns, triton.cdiv(samples, samples_per_program), groups), sizes
+
+
+def _triton_forward(w_KM: Tensor, coef_NK: Tensor, out_NM: Tensor) -> None:
+    grid, sizes = _blocks(w_KM, out_NM, triton.next_power_of_2(len(w_KM)))
+    _aggregate_weights_fwd_kernel[grid](w_KM, coef_NK, out_NM, **sizes)
+
+
+def _triton_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tensor, Tensor]:
+    grid, sizes = _blocks(w_KM, grad_NM, min(triton.next_power_of_2(len(w_KM)), EXPERTS_AT_ONCE))
+    grad_w_SKM = torch.empty((grid[1], *w_KM.shape), device=w_KM.device)
+    grad_coef_SNK = torch.empty((grid[0], *coef_NK.shape), device=w_KM.device)
+    _aggregate_weights_bwd_kernel[grid](w_KM, coef_NK, grad_NM, grad_w_SKM, grad_coef_SNK, **sizes)
+    return grad_w_SKM.sum(dim=0), grad_coef_SNK.sum(dim=0)
+
+
+# numba
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def _numba_forward(w_KM, coef_NK, out_NM):  # pragma: no cover
+    experts, size = w_KM.shape
+    for s in numba.prange((size + CHUNK_M - 1) // CHUNK_M):
+        first, end = s * CHUNK_M, min(s * CHUNK_M + CHUNK_M, size)
+        sum_M = np.empty(end - first, np.float32)
+        for n in range(len(coef_NK)):
+            sum_M[:] = 0
+            for k in range(experts):
+                coef = coef_NK[n, k]
+                for m in range(end - first):
+                    sum_M[m] += coef * w_KM[k, first + m]
+            for m in range(end - first):
+                out_NM[n, first + m] = narrow(sum_M[m], out_NM[n, first + m])
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def _numba_backward(w_KM, coef_NK, grad_NM, grad_w_KM, grad_coef_SNK):  # pragma: no cover
+    experts, size = w_KM.shape
+    for s in numba.prange((size + CHUNK_M - 1) // CHUNK_M):
+        first, end = s * CHUNK_M, min(s * CHUNK_M + CHUNK_M, size)
+        grad_w_KM[:, first:end] = 0
+        lanes = np.empty(LANES, np.float32)
+        for n0 in range(0, len(coef_NK), CHUNK_N):
+            sum_KM = np.zeros((experts, end - first), np.float32)
+            for n in range(n0, min(n0 + CHUNK_N, len(coef_NK))):
+                for k in range(experts):
+                    coef = coef_NK[n, k]
+                    for m in range(end - first):
+                        sum_KM[k, m] += coef * widen(grad_NM[n, first + m])
+                    lanes[:] = 0
+                    whole = first + (end - first) // LANES * LANES
+                    for m in range(first, whole, LANES):
+                        for lane in range(LANES):
+                            lanes[lane] += w_KM[k, m + lane] * widen(grad_NM[n, m + lane])
+                    for m in range(whole, end):
+                        lanes[m - whole] += w_KM[k, m] * widen(grad_NM[n, m])
+                    grad_coef_SNK[s, n, k] = lanes.sum()
+            grad_w_KM[:, first:end] += sum_KM
+
+
+def _cpu_forward(w_KM: Tensor, coef_NK: Tensor, out_NM: Tensor) -> None:
+    _numba_forward(as_array(w_KM.float()), as_array(coef_NK), as_array(out_NM))
+
+
+def _cpu_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tensor, Tensor]:
+    grad_w_KM = torch.empty(tuple(w_KM.shape))
+    grad_coef_SNK = torch.empty((-(-w_KM.size(1) // CHUNK_M), *coef_NK.shape))
+    _numba_backward(*[as_array(tensor) for tensor in (w_KM.float(), coef_NK, grad_NM, grad_w_KM, grad_coef_SNK)])
+    return grad_w_KM, grad_coef_SNK.sum(dim=0)
+
+
+# The operators
+
+
+@torch.library.custom_op("fastcifar_kernels::aggregate_weights", mutates_args=())
+def _aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16 and not runs_triton(w_KOIHW):  # numba does not compute in it
+        return _aggregate_weights(w_KOIHW, coef_NK, torch.float32).to(dtype)
+    out_NOIHW = _empty(len(coef_NK), w_KOIHW, dtype)
+    if out_NOIHW.numel():
+        forward = _triton_forward if runs_triton(w_KOIHW) else _cpu_forward
+        forward(_as_rows(w_KOIHW, w_KOIHW), coef_NK.contiguous(), _as_rows(out_NOIHW, w_KOIHW))
+    return out_NOIHW
+
+
+@torch.library.custom_op("fastcifar_kernels::aggregate_weights_backward", mutates_args=())
+def _aggregate_weights_backward(w_KOIHW: Tensor, coef_NK: Tensor, grad_NOIHW: Tensor) -> tuple[Tensor, Tensor]:
+    if grad_NOIHW.dtype == torch.float16 and not runs_triton(w_KOIHW):
+        return _aggregate_weights_backward(w_KOIHW, coef_NK, grad_NOIHW.float())
+    grad_w_KOIHW = _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype)
+    if not grad_NOIHW.numel():
+        return grad_w_KOIHW.zero_(), torch.zeros_like(coef_NK)
+    backward = _triton_backward if runs_triton(w_KOIHW) else _cpu_backward
+    w_KM, grad_NM = _as_rows(w_KOIHW, w_KOIHW), _as_rows(grad_NOIHW, w_KOIHW)
+    grad_w_KM, grad_coef_NK = backward(w_KM, coef_NK.contiguous(), grad_NM)
+    _as_rows(grad_w_KOIHW, w_KOIHW).copy_(grad_w_KM)
+    return grad_w_KOIHW, grad_coef_NK
+
+
+@_aggregate_weights.register_fake
+def _(w_KOIHW, coef_NK, dtype):
+    return _empty(len(coef_NK), w_KOIHW, dtype)
+
+
+@_aggregate_weights_backward.register_fake
+def _(w_KOIHW, coef_NK, grad_NOIHW):
+    return _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype), torch.empty_like(coef_NK)
+
+
+def _save(ctx, inputs, output) -> None:
+    w_KOIHW, coef_NK, _ = inputs
+    ctx.save_for_backward(w_KOIHW, coef_NK)
+
+
+def _gradients(ctx, grad_NOIHW: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_aggregate_weights_backward(*ctx.saved_tensors, grad_NOIHW), None
+
+
+_aggregate_weights.register_autograd(_gradients, setup_context=_save)

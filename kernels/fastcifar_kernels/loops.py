@@ -1,0 +1,62 @@
+"""What the numba loops share: bfloat16, which numba does not know, and how work is cut.
+
+Tensors of bfloat16 travel as bit patterns and are widened to float32 to be used. A bfloat16 is the upper half of a
+float32, so widening is a shift and narrowing a rounding; both compile to a few vector instructions.
+"""
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
+
+PIECE_PIXELS = 64  # of one sample, handled by one thread at a time; sums of more than 64 values are sums of sums
+
+
+def pieces_of(pixels: int) -> int:
+    """Into how many pieces a sample is cut."""
+    return -(-pixels // PIECE_PIXELS)
+
+
+def as_array(tensor: Tensor) -> NDArray:
+    """The memory of a contiguous float32 or bfloat16 CPU tensor as an array of float32 or uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@intrinsic
+def widen(context, number):
+    """The float32 that an element (float32, or bfloat16 as uint16) stands for."""
+    if number == types.float32:
+        return types.float32(number), lambda context, builder, signature, arguments: arguments[0]
+    if number == types.uint16:
+        return types.float32(number), _widen_bfloat16
+    return None
+
+
+def _widen_bfloat16(context, builder, signature, arguments):
+    i32 = ir.IntType(32)
+    return builder.bitcast(builder.shl(builder.zext(arguments[0], i32), ir.Constant(i32, 16)), ir.FloatType())
+
+
+@intrinsic
+def narrow(context, value, like):
+    """A float32 as an element of the type that `like` has, rounded to nearest even; NaN stays NaN."""
+    if value != types.float32:
+        return None
+    if like == types.float32:
+        return types.float32(value, like), lambda context, builder, signature, arguments: arguments[0]
+    if like == types.uint16:
+        return types.uint16(value, like), _narrow_bfloat16
+    return None
+
+
+def _narrow_bfloat16(context, builder, signature, arguments):
+    i32, i16 = ir.IntType(32), ir.IntType(16)
+    value = arguments[0]
+    bits = builder.bitcast(value, i32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
+    # Rounding the bits of a NaN could carry it over into an infinity.
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(i32, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), i16)

@@ -1,0 +1,298 @@
+"""Do the kernels compute what they should? Every operator, forward and backward, against the same in float64.
+
+python -m fastcifar_kernels.verify [--op NAME ...]
+
+What is allowed is not a constant but derived from each input: twice what plain torch in the same type gets wrong, plus
+twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck), plus one
+rounding of the result. Every tensor that a kernel writes is filled with NaN first, and every tensor that it reads or
+writes lies between strips of NaN: what is not written, or read from outside, shows. Each is run twice and must give the
+same bits.
+
+With a GPU the compiled kernels are run; without one the numba loops for CPU tensors, and the Triton kernels in Triton's
+interpreter on small shapes. Exit code 1 if anything misses.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, tiles, weighted_sum
+from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
+from fastcifar_kernels.batch_statistics import batch_statistics_reference
+from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
+from fastcifar_kernels.guarded import guarding
+from fastcifar_kernels.weighted_sum import weighted_sum_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAKES = 4
+
+aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
+
+# N, K, C, H, W: ragged everywhere, single samples and experts, channels below, at and above a block.
+SMALL = (
+    (2, 4, 16, 4, 4),
+    (1, 1, 8, 5, 3),
+    (3, 3, 12, 3, 3),
+    (5, 2, 7, 2, 3),
+    (2, 16, 9, 3, 2),
+    (1, 5, 130, 3, 5),
+    (7, 8, 32, 1, 1),
+    (2, 2, 64, 9, 9),
+)
+MEDIUM = (*SMALL, (2100, 2, 3, 1, 1), (32, 4, 64, 16, 16), (16, 3, 20, 11, 13), (8, 16, 128, 8, 8), (1, 4, 256, 32, 32))
+LARGE = (*MEDIUM, (512, 4, 64, 32, 32), (512, 4, 128, 16, 16), (512, 4, 512, 8, 8), (64, 16, 200, 7, 9))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator: what it is given, and how to make it."""
+
+    op: str
+    shape: tuple[int, ...]
+    variant: str
+    tensors: dict[str, Tensor]  # float64 or float32 values; those of `typed` are converted to the type under test
+    typed: tuple[str, ...]
+    call: Callable[[str, dict[str, Tensor]], tuple[Tensor, ...]]  # (kernel or reference, tensors) -> results
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far off one case was, in the result that came closest to (or furthest beyond) what is allowed."""
+
+    op: str
+    shape: tuple[int, ...]
+    variant: str
+    dtype: str
+    result: str
+    error: float
+    allowed: float
+    faults: str  # anything else that is wrong
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed and not self.faults
+
+
+# What is called with what
+
+
+def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
+    """Every operator on this shape [N, K, C, H, W], in several variants."""
+    n, k, c, h, w = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+    y_NHWKC, residual_NCHW, out_grad_NCHW = normal(n, h, w, k, c), normal(n, c, h, w), normal(n, c, h, w)
+    coef_NK = (0.5 + normal(n, k)).float()
+    y_NKCHW = y_NHWKC.permute(0, 3, 4, 1, 2)
+    last = residual_NCHW.contiguous(memory_format=torch.channels_last)
+    maps = {"y": y_NKCHW, "coef": coef_NK, "grad": out_grad_NCHW.contiguous(memory_format=torch.channels_last)}
+    plain = {"y": y_NKCHW.contiguous(), "coef": coef_NK, "grad": out_grad_NCHW, "residual": residual_NCHW}
+    typed = ("y", "residual", "grad", "w")
+    for variant, tensors in {"": maps, "residual": {**maps, "residual": last}, "NCHW": plain}.items():
+        yield Case("weighted_sum", shape, variant, tensors, typed, call_weighted_sum)
+
+    # Means far from 0 and different for every channel, some of a deviation near 0.
+    y_NKCHW = y_NKCHW * (0.1 + normal(1, k, c, 1, 1).abs()) + 4 * normal(1, k, c, 1, 1)
+    yield Case("batch_statistics", shape, "", {"y": y_NKCHW}, typed, call_batch_statistics)
+    yield Case("batch_statistics", shape, "NCHW", {"y": y_NKCHW.contiguous()}, typed, call_batch_statistics)
+
+    norm = {"weight": normal(k, c).float(), "bias": normal(k, c).float()}
+    norm |= {"running_mean": normal(k, c).float(), "running_var": normal(k, c).float().square() + 0.1}
+    maps, plain = maps | norm | {"y": y_NKCHW}, plain | norm | {"y": y_NKCHW.contiguous()}
+    variants = {"eval": (maps, False)}
+    if n * h * w > 1:
+        variants |= {"": (maps, True), "residual": ({**maps, "residual": last}, True), "NCHW": (plain, True)}
+    for variant, (tensors, training) in variants.items():
+        call = call_training if training else call_eval
+        yield Case("bn_relu_weighted_sum", shape, variant, tensors, typed, call)
+
+    side = min(h, 3)
+    w_KOIHW = normal(k, c, min(c, 8) + 1, side, side)
+    lying = w_KOIHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    filters = {"w": w_KOIHW, "coef": coef_NK, "grad": normal(n, *w_KOIHW.shape[1:])}
+    yield Case("aggregate_weights", shape, "", filters, typed, call_aggregate_weights)
+    yield Case("aggregate_weights", shape, "channels-last", filters | {"w": lying}, typed, call_aggregate_weights)
+    masters = filters | {"w": w_KOIHW.float()}
+    yield Case("aggregate_weights", shape, "float32 filters", masters, ("grad",), call_aggregate_weights)
+
+
+def call_weighted_sum(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    function = {"kernel": weighted_sum, "reference": weighted_sum_reference}[which]
+    return (function(tensors["y"], tensors["coef"], tensors.get("residual")),)
+
+
+def call_batch_statistics(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    function = {"kernel": batch_statistics, "reference": batch_statistics_reference}[which]
+    return function(tensors["y"].detach())
+
+
+def call_training(which: str, tensors: dict[str, Tensor], training: bool = True) -> tuple[Tensor, ...]:
+    function = {"kernel": bn_relu_weighted_sum, "reference": bn_relu_weighted_sum_reference}[which]
+    running = tensors["running_mean"].clone(), tensors["running_var"].clone()
+    norm = tensors["weight"], tensors["bias"], *running
+    residual = tensors.get("residual")
+    out = function(tensors["y"], tensors["coef"], *norm, residual_NCHW=residual, training=training)
+    return out, *running
+
+
+def call_eval(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return call_training(which, tensors, training=False)
+
+
+def call_aggregate_weights(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    function = {"kernel": aggregate_weights, "reference": aggregate_weights_reference}[which]
+    return (function(tensors["w"], tensors["coef"], tensors["grad"].dtype),)
+
+
+# How it is judged
+
+
+def judge(case: Case, dtype: torch.dtype) -> Row:
+    """Run one case in one type: kernel twice, eager torch, and float64."""
+    given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
+    if case.op == "bn_relu_weighted_sum":
+        given["grad"] = away_from_kinks(given, training=case.call is call_training)
+    faults = []
+    with guarding() as guard:
+        inside = {name: guard.copy(tensor) for name, tensor in given.items()}
+        found = results(case, "kernel", inside)
+        again = results(case, "kernel", inside)
+    if not guard.untouched():
+        faults.append("wrote outside its tensors")
+    if any(not torch.equal(given[name], inside[name]) for name in given):
+        faults.append("changed its input")
+    if any(not torch.equal(found[name], again[name]) for name in found if not found[name].isnan().any()):
+        faults.append("differs when run again")
+    exact = {name: tensor.double() for name, tensor in given.items()}
+    truth = results(case, "reference", exact)
+    shaken = [results(case, "reference", shake(exact, seed)) for seed in range(SHAKES)]
+    # In both memory layouts, as plain torch rounds differently in each (on a CPU, batch_norm is more precise in NCHW).
+    eager = [results(case, "reference", laid_out) for laid_out in (given, turned(given))]
+    compared = []
+    for name in truth:
+        if found[name].dtype != eager[0][name].dtype:
+            faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
+        plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
+        allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
+        compared.append((name, distance(found[name], truth[name]), allowed))
+    name, error, allowed = max(compared, key=lambda entry: math.inf if math.isnan(entry[1]) else entry[1] / entry[2])
+    return Row(case.op, case.shape, case.variant, str(dtype)[6:], name, error, allowed, ", ".join(faults))
+
+
+def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that a call computes: its results, and the gradients of its floating arguments."""
+    running = ("running_mean", "running_var")
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items() if name not in ("grad", *running)}
+    outputs = case.call(which, given | leaves)
+    names = {"batch_statistics": ("mean", "variance")}.get(case.op, ("out", *running))
+    found = dict(zip(names, outputs, strict=False))
+    if "out" in found:
+        grads = torch.autograd.grad(found["out"], list(leaves.values()), given["grad"].to(found["out"].dtype))
+        found |= {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
+    """The gradient coming in, 0 wherever an input of a ReLU is nearly 0: there any rounding may turn its slope over."""
+    exact = {name: tensor.double()[..., None, None] for name, tensor in given.items() if name not in ("y", "grad")}
+    y_NKCHW, mean_KC11, variance_KC11 = given["y"].double(), exact["running_mean"], exact["running_var"]
+    if training:
+        variance_KC11, mean_KC11 = torch.var_mean(y_NKCHW, dim=(0, 3, 4), correction=0, keepdim=True)
+    a_NKCHW = (y_NKCHW - mean_KC11) / (variance_KC11 + 1e-5).sqrt() * exact["weight"] + exact["bias"]
+    return given["grad"].where((a_NKCHW.abs() > 1e-4).all(dim=1), 0)
+
+
+def turned(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in the other memory layout: channels-last if they are contiguous, else contiguous."""
+    last = {5: (0, 3, 4, 1, 2), 4: (0, 2, 3, 1)}
+    back = {5: (0, 3, 4, 1, 2), 4: (0, 3, 1, 2)}
+    return {
+        name: t.permute(last[t.dim()]).contiguous().permute(back[t.dim()])
+        if t.dim() in last and t.is_contiguous()
+        else t.contiguous()
+        for name, t in given.items()
+    }
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """The largest error, relative to the largest value."""
+    return float((found.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
+
+
+def shake(exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every value up or down by one float32 rounding."""
+    generator, half_ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps / 2
+    signs = {name: torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2 - 1 for name, t in exact.items()}
+    return {name: tensor * (1 + half_ulp * signs[name]) for name, tensor in exact.items()}
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of storing a float32 as this type."""
+    # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds to nearest: that costs up to twice as much.
+    cut_off = knobs.runtime.interpret and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps / (1 if cut_off else 2)
+
+
+# All of it
+
+
+def verify(device: str, shapes: tuple[tuple[int, ...], ...], ops: list[str] | None) -> Iterator[Row]:
+    """Every case of these shapes; small ones also with few programs, so that each walks several pieces."""
+    for shape in shapes:
+        for case in cases(shape, device):
+            if ops and case.op not in ops:
+                continue
+            for dtype in DTYPES:
+                yield judge(case, dtype)
+            if not case.variant:
+                with mock.patch.object(tiles, "PROGRAMS", 2), mock.patch.object(aggregation, "PROGRAMS", 2):
+                    yield replace(judge(case, torch.float32), variant="few programs")
+
+
+def report(title: str, rows: Iterator[Row]) -> bool:
+    """Print a table as the rows come; returns whether all passed."""
+    line = "{:22} {:22} {:9} {:32} {:20} {:>9} {:>9}  {}"
+    print(title)
+    print(line.format("operator", "N, K, C, H, W", "dtype", "variant", "worst result", "error", "allowed", ""))
+    count = missed = 0
+    for row in rows:
+        count, missed = count + 1, missed + (not row.passed)
+        verdict = "ok" if row.passed else f"MISS {row.faults}"
+        where = row.op, ", ".join(map(str, row.shape)), row.dtype, row.variant, row.result
+        print(line.format(*where, f"{row.error:.2e}", f"{row.allowed:.2e}", verdict), flush=True)
+    print(f"{title} {count - missed} of {count} passed.", flush=True)
+    return not missed
+
+
+def main(words: list[str] | None = None) -> int:
+    """Verify everything that this machine can run; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["weighted_sum", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
+    parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
+    ops = parser.parse_args(words).op
+    if knobs.runtime.interpret:
+        return not report("Triton kernels in Triton's interpreter, small shapes:", verify("cpu", SMALL, ops))
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        title = f"Triton kernels on {gpu.name}, sm_{gpu.major}{gpu.minor}:"
+        return not report(title, verify("cuda", LARGE, ops))
+    passed = report("numba loops for CPU tensors:", verify("cpu", MEDIUM, ops))
+    command = [sys.executable, "-m", "fastcifar_kernels.verify", *(["--op", *ops] if ops else [])]
+    interpreted = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)
+    return not (passed and interpreted.returncode == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
