@@ -49,7 +49,15 @@ def with_underscores(word: str) -> str:
 
 def run(words: list[str], started_s: float) -> int:
     arguments = parse(words)
-    verbs = {"train": train, "eval": evaluate, "data": data, "recipes": recipes, "doctor": doctor}
+    verbs = {
+        "train": train,
+        "eval": evaluate,
+        "data": data,
+        "recipes": recipes,
+        "bench": bench,
+        "verify-kernels": verify_kernels,
+        "doctor": doctor,
+    }
     return verbs[arguments.subcommand](arguments[arguments.subcommand], started_s)
 
 
@@ -131,6 +139,21 @@ def recipes(chosen: Namespace, started_s: float) -> int:
     return EXIT_DONE
 
 
+def bench(chosen: Namespace, started_s: float) -> int:
+    prepare_process()
+    from fastcifar.run import source_commit
+    from fastcifar_kernels import bench
+
+    return bench.run(chosen.out, source_commit())
+
+
+def verify_kernels(chosen: Namespace, started_s: float) -> int:
+    prepare_process()
+    from fastcifar_kernels import verify
+
+    return verify.main(["--op", *chosen.op] if chosen.op else [])
+
+
 def doctor(chosen: Namespace, started_s: float) -> int:
     prepare_process()
     from fastcifar.display import print_table
@@ -200,6 +223,8 @@ def build_parser(words: list[str]) -> ArgumentParser:
     )
     verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
     verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
+    verbs.add_subcommand("bench", bench_parser(), help="measure: the kernels beside eager and compiled PyTorch")
+    verbs.add_subcommand("verify-kernels", verify_parser(), help="do the kernels agree with float64, on this machine?")
     verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
     return parser
 
@@ -230,6 +255,21 @@ def recipes_parser() -> ArgumentParser:
         "verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it"
     )
     parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
+    return parser
+
+
+def bench_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
+    parser.add_argument("what", type=Literal["kernels"], help="kernels: each operator, forward and backward")
+    parser.add_argument("--out", type=Path | None, default=None, help="write one JSON line for each row to this file")
+    return parser
+
+
+def verify_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False, description="Compare every kernel with float64; exit code 1 on a miss."
+    )
+    parser.add_argument("--op", nargs="+", type=str, default=[], help="only these operators, such as weighted_sum")
     return parser
 
 

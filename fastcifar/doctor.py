@@ -89,9 +89,15 @@ def try_torchvision() -> str:
 
 
 def try_triton() -> str:
-    """Nothing here uses one yet; say whether one could run."""
+    """Run one kernel and compare it with float64."""
     if not installed("triton"):
         return "triton is not installed (it exists for Linux only)"
-    return (
-        "would run on the GPU" if torch.cuda.is_available() else "would run in triton's interpreter, for want of a GPU"
-    )
+    from fastcifar_kernels import verify
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    row = next(verify.verify(device, verify.SMALL, ["weighted_sum"]))
+    if not row.passed:
+        return "a kernel disagrees with float64: see `fastcifar verify-kernels`"
+    if device == "cpu":
+        return "need a GPU; CPU tensors take numba loops, which agree with float64. All: `fastcifar verify-kernels`"
+    return "agree with float64 on this GPU, as far as one was tried. All: `fastcifar verify-kernels`"

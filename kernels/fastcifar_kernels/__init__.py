@@ -3,6 +3,7 @@
     weighted_sum             k feature maps, summed with coefficients of each sample
     bn_relu_weighted_sum     the same with BatchNorm and ReLU on each map first, nothing written in between
     aggregate_weights        k sets of filters, summed with coefficients of each sample
+    scaled_copies            one feature map, scaled with each of k coefficients of its sample
     batch_statistics         the mean and variance that BatchNorm needs, in one pass
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
@@ -16,6 +17,7 @@ for filters O output channels, I input channels.
 from fastcifar_kernels.aggregate_weights import aggregate_weights
 from fastcifar_kernels.batch_statistics import batch_statistics
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum
+from fastcifar_kernels.scaled_copies import scaled_copies
 from fastcifar_kernels.weighted_sum import weighted_sum
 
-__all__ = ["aggregate_weights", "batch_statistics", "bn_relu_weighted_sum", "weighted_sum"]
+__all__ = ["aggregate_weights", "batch_statistics", "bn_relu_weighted_sum", "scaled_copies", "weighted_sum"]

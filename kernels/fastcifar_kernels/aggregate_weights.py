@@ -7,28 +7,22 @@ Traffic in units of M = O * I * H * W elements: forward reads K and writes N; ba
 float32). The gradients of filters and coefficients need the same N * M elements, so one kernel reads them for both.
 """
 
-# numba and triton change what their decorators wrap:
+# triton changes what its decorator wraps:
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from typing import Any
 
-import numba
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastcifar_kernels.layout import check_companion, check_dtype, check_span, check_values, runs_triton
-from fastcifar_kernels.loops import as_array, narrow, widen
 from fastcifar_kernels.tiles import THREAD_BYTES
 
 WARPS = 4
 PROGRAMS = 1024
 EXPERTS_AT_ONCE = 4  # in the backward kernel, whose threads keep filters and their gradients in registers
-# What a CPU core sums at once: so many elements of each filter, so many samples. Sums of more are sums of sums.
-CHUNK_M, CHUNK_N = 1024, 64
-LANES = 16  # running sums side by side: one vector, in an order that the compiler may not choose (it would by chance)
 
 
 def aggregate_weights_reference(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -161,59 +155,16 @@ def _triton_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Te
     return grad_w_SKM.sum(dim=0), grad_coef_SNK.sum(dim=0)
 
 
-# numba
-
-
-@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _numba_forward(w_KM, coef_NK, out_NM):  # pragma: no cover
-    experts, size = w_KM.shape
-    for s in numba.prange((size + CHUNK_M - 1) // CHUNK_M):
-        first, end = s * CHUNK_M, min(s * CHUNK_M + CHUNK_M, size)
-        sum_M = np.empty(end - first, np.float32)
-        for n in range(len(coef_NK)):
-            sum_M[:] = 0
-            for k in range(experts):
-                coef = coef_NK[n, k]
-                for m in range(end - first):
-                    sum_M[m] += coef * w_KM[k, first + m]
-            for m in range(end - first):
-                out_NM[n, first + m] = narrow(sum_M[m], out_NM[n, first + m])
-
-
-@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _numba_backward(w_KM, coef_NK, grad_NM, grad_w_KM, grad_coef_SNK):  # pragma: no cover
-    experts, size = w_KM.shape
-    for s in numba.prange((size + CHUNK_M - 1) // CHUNK_M):
-        first, end = s * CHUNK_M, min(s * CHUNK_M + CHUNK_M, size)
-        grad_w_KM[:, first:end] = 0
-        lanes = np.empty(LANES, np.float32)
-        for n0 in range(0, len(coef_NK), CHUNK_N):
-            sum_KM = np.zeros((experts, end - first), np.float32)
-            for n in range(n0, min(n0 + CHUNK_N, len(coef_NK))):
-                for k in range(experts):
-                    coef = coef_NK[n, k]
-                    for m in range(end - first):
-                        sum_KM[k, m] += coef * widen(grad_NM[n, first + m])
-                    lanes[:] = 0
-                    whole = first + (end - first) // LANES * LANES
-                    for m in range(first, whole, LANES):
-                        for lane in range(LANES):
-                            lanes[lane] += w_KM[k, m + lane] * widen(grad_NM[n, m + lane])
-                    for m in range(whole, end):
-                        lanes[m - whole] += w_KM[k, m] * widen(grad_NM[n, m])
-                    grad_coef_SNK[s, n, k] = lanes.sum()
-            grad_w_KM[:, first:end] += sum_KM
+# On a CPU both are torch's own matrix products, in float32: as fast as loops written for the purpose, or faster.
 
 
 def _cpu_forward(w_KM: Tensor, coef_NK: Tensor, out_NM: Tensor) -> None:
-    _numba_forward(as_array(w_KM.float()), as_array(coef_NK), as_array(out_NM))
+    out_NM.copy_(coef_NK @ w_KM.float())
 
 
 def _cpu_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tensor, Tensor]:
-    grad_w_KM = torch.empty(tuple(w_KM.shape))
-    grad_coef_SNK = torch.empty((-(-w_KM.size(1) // CHUNK_M), *coef_NK.shape))
-    _numba_backward(*[as_array(tensor) for tensor in (w_KM.float(), coef_NK, grad_NM, grad_w_KM, grad_coef_SNK)])
-    return grad_w_KM, grad_coef_SNK.sum(dim=0)
+    grad_NM = grad_NM.float()
+    return coef_NK.T @ grad_NM, grad_NM @ w_KM.float().T
 
 
 # The operators
@@ -221,8 +172,6 @@ def _cpu_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tenso
 
 @torch.library.custom_op("fastcifar_kernels::aggregate_weights", mutates_args=())
 def _aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float16 and not runs_triton(w_KOIHW):  # numba does not compute in it
-        return _aggregate_weights(w_KOIHW, coef_NK, torch.float32).to(dtype)
     out_NOIHW = _empty(len(coef_NK), w_KOIHW, dtype)
     if out_NOIHW.numel():
         forward = _triton_forward if runs_triton(w_KOIHW) else _cpu_forward
@@ -232,8 +181,6 @@ def _aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype) -> 
 
 @torch.library.custom_op("fastcifar_kernels::aggregate_weights_backward", mutates_args=())
 def _aggregate_weights_backward(w_KOIHW: Tensor, coef_NK: Tensor, grad_NOIHW: Tensor) -> tuple[Tensor, Tensor]:
-    if grad_NOIHW.dtype == torch.float16 and not runs_triton(w_KOIHW):
-        return _aggregate_weights_backward(w_KOIHW, coef_NK, grad_NOIHW.float())
     grad_w_KOIHW = _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype)
     if not grad_NOIHW.numel():
         return grad_w_KOIHW.zero_(), torch.zeros_like(coef_NK)

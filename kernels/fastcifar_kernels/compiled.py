@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, weighted_sum  # noqa: F401
+from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, scaled_copies, weighted_sum  # noqa: F401
 
 ARCHITECTURES = (80, 90, 100)  # Ampere (A100), Hopper (H100, H200), Blackwell (B200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,10 +99,13 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
     w_KM, out_NM = meta(k, c * c * 9), meta(n, c * c * 9, dtype=dtype)
     plain, normalised = operators["weighted_sum"], operators["bn_relu_weighted_sum"]
     aggregate, statistics = operators["aggregate_weights"], operators["batch_statistics"]
+    copies = operators["scaled_copies"]
     return [
         lambda: plain._triton_forward(y_NKCHW, coef_NK, None, map_NCHW),
         lambda: plain._triton_forward(y_NKCHW, coef_NK, map_NCHW, map_NCHW),
         lambda: plain._triton_backward(y_NKCHW, coef_NK, map_NCHW, y_NKCHW),
+        lambda: copies._triton_forward(map_NCHW, coef_NK, y_NKCHW),
+        lambda: copies._triton_backward(y_NKCHW, coef_NK, map_NCHW, map_NCHW),
         lambda: statistics._triton_statistics(y_NKCHW, meta(k, c), meta(k, c)),
         lambda: normalised._triton_forward(y_NKCHW, coef_NK, affine, None, 1e-5, map_NCHW),
         lambda: normalised._triton_forward(y_NKCHW, coef_NK, affine, map_NCHW, 1e-5, map_NCHW),
@@ -114,7 +117,7 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
 
 
 def triton_modules() -> tuple[str, ...]:
-    return "weighted_sum", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"
+    return "weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"
 
 
 def examine(arch: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Compiled]:

@@ -37,10 +37,10 @@ class Cut:
 def cut(y_NPKC: Tensor, experts_at_once: int | None) -> Cut:
     """Cut the work on `y_NPKC` (not empty); a program handles so many experts, or (None) all, four after four."""
     n, p, k, c = y_NPKC.shape
-    block_k = min(triton.next_power_of_2(k), experts_at_once or 4)
+    block_k = triton.next_power_of_2(min(k, experts_at_once or 4))
     block_c = min(triton.next_power_of_2(c), 128)
     rows = WARPS * 32 * THREAD_BYTES // y_NPKC.element_size() // block_c
-    block_p = min(triton.next_power_of_2(p), rows)
+    block_p = min(triton.next_power_of_2(p), rows // max(1, block_k // 8))  # a thread has registers for eight experts
     groups = triton.cdiv(k, block_k) if experts_at_once else 1
     channel_blocks = triton.cdiv(c, block_c)
 

@@ -25,11 +25,19 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, tiles, weighted_sum
+from fastcifar_kernels import (
+    aggregate_weights,
+    batch_statistics,
+    bn_relu_weighted_sum,
+    scaled_copies,
+    tiles,
+    weighted_sum,
+)
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
 from fastcifar_kernels.batch_statistics import batch_statistics_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.guarded import guarding
+from fastcifar_kernels.scaled_copies import scaled_copies_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,9 +107,15 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     last = residual_NCHW.contiguous(memory_format=torch.channels_last)
     maps = {"y": y_NKCHW, "coef": coef_NK, "grad": out_grad_NCHW.contiguous(memory_format=torch.channels_last)}
     plain = {"y": y_NKCHW.contiguous(), "coef": coef_NK, "grad": out_grad_NCHW, "residual": residual_NCHW}
-    typed = ("y", "residual", "grad", "w")
+    typed = ("x", "y", "residual", "grad", "w")
     for variant, tensors in {"": maps, "residual": {**maps, "residual": last}, "NCHW": plain}.items():
         yield Case("weighted_sum", shape, variant, tensors, typed, call_weighted_sum)
+
+    x_NCHW, copies_grad_NKCHW = normal(n, c, h, w), normal(n, h, w, k, c).permute(0, 3, 4, 1, 2)
+    copied = {"x": x_NCHW.contiguous(memory_format=torch.channels_last), "coef": coef_NK, "grad": copies_grad_NKCHW}
+    yield Case("scaled_copies", shape, "", copied, typed, call_scaled_copies)
+    copied = {"x": x_NCHW, "coef": coef_NK, "grad": copies_grad_NKCHW.contiguous()}
+    yield Case("scaled_copies", shape, "NCHW", copied, typed, call_scaled_copies)
 
     # Means far from 0 and different for every channel, some of a deviation near 0.
     y_NKCHW = y_NKCHW * (0.1 + normal(1, k, c, 1, 1).abs()) + 4 * normal(1, k, c, 1, 1)
@@ -131,6 +145,11 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
 def call_weighted_sum(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     function = {"kernel": weighted_sum, "reference": weighted_sum_reference}[which]
     return (function(tensors["y"], tensors["coef"], tensors.get("residual")),)
+
+
+def call_scaled_copies(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    function = {"kernel": scaled_copies, "reference": scaled_copies_reference}[which]
+    return (function(tensors["x"], tensors["coef"]),)
 
 
 def call_batch_statistics(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -279,7 +298,7 @@ def report(title: str, rows: Iterator[Row]) -> bool:
 def main(words: list[str] | None = None) -> int:
     """Verify everything that this machine can run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["weighted_sum", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
+    names = ["weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
     parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
     ops = parser.parse_args(words).op
     if knobs.runtime.interpret:

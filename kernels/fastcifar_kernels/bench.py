@@ -1,0 +1,250 @@
+"""How fast the kernels are, beside eager and compiled PyTorch and beside a plain copy of the same bytes.
+
+A GPU times the Triton kernels, a CPU the numba loops. Every operator must first pass `verify` on the same shape, with
+fewer samples. The candidates run in turn, so that a slow moment hits all alike; each forward and backward is timed by
+itself, with a cold cache on a GPU. The bytes are those that the operator's docstring counts, and their share is that of
+the bandwidth with which this device copies, measured in the same run.
+"""
+
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcifar_kernels import verify
+
+# N, K, C, H, W
+GPU_SHAPES = (
+    (512, 4, 64, 32, 32),
+    (512, 4, 128, 16, 16),
+    (512, 4, 256, 16, 16),
+    (512, 4, 256, 8, 8),
+    (512, 4, 512, 8, 8),
+)
+CPU_SHAPES = ((128, 4, 64, 32, 32), (128, 4, 128, 16, 16), (128, 4, 512, 8, 8))
+ROUNDS = {"cuda": 30, "cpu": 9}
+WARM_UP = 3
+GATE_SAMPLES = 8
+COLD_BYTES = 512 * 2**20  # written between two timings: more than any GPU's L2 cache holds
+
+# In units of one map, N * P * C elements, or of one set of filters: what the docstrings count.
+UNITS: dict[str, Callable[[int, int], tuple[float, float]]] = {
+    "weighted_sum": lambda n, k: (k + 1, 2 * k + 1),
+    "scaled_copies": lambda n, k: (k + 1, k + 2),
+    "batch_statistics": lambda n, k: (k, 0),
+    "bn_relu_weighted_sum": lambda n, k: (2 * k + 1, 3 * k + 2),
+    "aggregate_weights": lambda n, k: (k + n, 2 * k + n),
+}
+
+
+def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """One row for each operator, pass, shape and candidate.
+
+    Raises:
+        ArithmeticError: an operator does not pass its verification; nothing is timed then.
+    """
+    copy_gb_per_s = copy_bandwidth(device)
+    for shape in shapes:
+        gate(device, shape, dtype)
+        for case in verify.cases(shape, device):
+            if case.variant:
+                continue
+            given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
+            times_s, peaks = measure(case, given, device)
+            for i, direction in enumerate(("forward", "backward")):
+                if direction == "backward" and case.op == "batch_statistics":
+                    continue
+                size = UNITS[case.op](*shape[:2])[i] * unit_bytes(case.op, given)
+                for name, times in times_s.items():
+                    chosen = [both[i] for both in times]
+                    low, median, high = quantiles(chosen)
+                    gb_per_s = size / median / 1e9
+                    yield {
+                        "op": case.op,
+                        "pass": direction,
+                        "shape_NKCHW": list(shape),
+                        "dtype": str(dtype)[6:],
+                        "candidate": name,
+                        "median_s": median,
+                        "p20_s": low,
+                        "p80_s": high,
+                        "bytes": size,
+                        "gb_per_s": gb_per_s,
+                        "share_of_copy": gb_per_s / copy_gb_per_s,
+                        "copy_gb_per_s": copy_gb_per_s,
+                        "peak_memory_bytes": peaks[name],
+                    }
+
+
+def gate(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ArithmeticError unless every operator computes what it should on this shape, with fewer samples."""
+    for case in verify.cases((min(shape[0], GATE_SAMPLES), *shape[1:]), device):
+        row = verify.judge(case, dtype)
+        if not row.passed:
+            raise ArithmeticError(
+                f"{row.op} is wrong, so it is not timed: see python -m fastcifar_kernels.verify. {row}"
+            )
+
+
+def unit_bytes(op: str, given: dict[str, Tensor]) -> int:
+    """The size of one map, or of one set of filters."""
+    if op == "scaled_copies":
+        return given["x"].nbytes
+    return (
+        given["w"].nbytes // given["w"].size(0)
+        if op == "aggregate_weights"
+        else given["y"].nbytes // given["y"].size(1)
+    )
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], statistics.median(values), cuts[7]
+
+
+# Timing
+
+
+def measure(case: verify.Case, given: dict[str, Tensor], device: str) -> tuple[dict[str, list], dict[str, int | None]]:
+    """Each candidate's seconds for (forward, backward) in every round, and its peak of memory beyond the arguments."""
+    leaves = {
+        name: t.requires_grad_() for name, t in given.items() if name not in ("grad", "running_mean", "running_var")
+    }
+    given = given | leaves
+    torch.compiler.reset()
+    compiled = torch.compile(lambda tensors: case.call("reference", tensors))
+    candidates = {
+        "kernel": lambda: case.call("kernel", given),
+        "eager": lambda: case.call("reference", given),
+        "compiled": lambda: compiled(given),
+    }
+    times_s: dict[str, list] = {name: [] for name in candidates}
+    peaks: dict[str, int | None] = dict.fromkeys(candidates)
+    cold = torch.empty(COLD_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device)
+    for round_ in range(WARM_UP + ROUNDS[device]):
+        for name, call in candidates.items():
+            cold.zero_()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            both_s = time_once(call, list(leaves.values()), given.get("grad"), device)
+            if round_ >= WARM_UP:
+                times_s[name].append(both_s)
+                if device == "cuda":
+                    peaks[name] = torch.cuda.max_memory_allocated() - before
+    return times_s, peaks
+
+
+def time_once(call: Callable, leaves: list[Tensor], grad: Tensor | None, device: str) -> tuple[float, float]:
+    """Seconds of one forward and one backward."""
+    clock = GpuClock() if device == "cuda" else CpuClock()
+    clock.mark()
+    out = call()[0]
+    clock.mark()
+    if grad is not None:
+        torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    clock.mark()
+    first_s, second_s = clock.intervals_s()
+    return first_s, second_s
+
+
+class CpuClock:
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def mark(self) -> None:
+        self.times_s.append(time.perf_counter())
+
+    def intervals_s(self) -> list[float]:
+        return [later - earlier for earlier, later in zip(self.times_s, self.times_s[1:], strict=False)]
+
+
+class GpuClock:
+    """Events on the stream. The GPU is kept waiting first, until all is queued: launching is not what we time."""
+
+    WAIT_CYCLES = 4_000_000  # about 2 ms
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(self.WAIT_CYCLES)
+        self.events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        self.events.append(torch.cuda.Event(enable_timing=True))
+        self.events[-1].record()
+
+    def intervals_s(self) -> list[float]:
+        torch.cuda.synchronize()
+        return [earlier.elapsed_time(later) / 1e3 for earlier, later in zip(self.events, self.events[1:], strict=False)]
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s, read and written, of copying a tensor far larger than any cache."""
+    source = torch.zeros(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times_s = []
+    for _ in range(WARM_UP + ROUNDS[device]):
+        clock = GpuClock() if device == "cuda" else CpuClock()
+        clock.mark()
+        target.copy_(source)
+        clock.mark()
+        times_s += clock.intervals_s()
+    return 2 * source.nbytes / statistics.median(times_s[WARM_UP:]) / 1e9
+
+
+# Reporting
+
+
+def run(out: Path | None, commit: str | None, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Measure, print a table, and write one JSON line for each row; returns the exit code."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    facts = {
+        "device": gpu or f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "implementation": "triton" if gpu else "numba",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+    }
+    title = "Triton kernels" if gpu else "numba loops (the Triton kernels need a GPU: not measured)"
+    print(f"{title} on {facts['device']}, torch {facts['torch']}, triton {facts['triton']}")
+    line = "{:22} {:9} {:22} {:>10} {:>10} {:>10} {:>9} {:>9} {:>8} {:>7}"
+    heads = "kernel ms", "eager ms", "compiled", "x eager", "x compiled", "GB/s", "of copy"
+    print(line.format("operator", "pass", "N, K, C, H, W", *heads))
+    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    found, text = {}, []
+    try:
+        for row in rows(device, GPU_SHAPES if gpu else CPU_SHAPES, dtype):
+            text.append(json.dumps(row | facts))
+            found[row["candidate"]] = row
+            if len(found) < 3:
+                continue
+            kernel, eager, compiled = (found[name] for name in ("kernel", "eager", "compiled"))
+            gains = eager["median_s"] / kernel["median_s"], compiled["median_s"] / kernel["median_s"]
+            ratios.setdefault((row["op"], row["pass"]), []).append(gains)
+            times = [f"{one['median_s'] * 1e3:.3f}" for one in (kernel, eager, compiled)]
+            rates = f"{gains[0]:.2f}", f"{gains[1]:.2f}", f"{kernel['gb_per_s']:.0f}", f"{kernel['share_of_copy']:.0%}"
+            shape = ", ".join(map(str, row["shape_NKCHW"]))
+            print(line.format(row["op"], row["pass"], shape, *times, *rates), flush=True)
+            found = {}
+    except ArithmeticError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\nGeometric means over the shapes:")
+    for (op, direction), gains in ratios.items():
+        means = [math.exp(statistics.fmean(math.log(gain) for gain in column)) for column in zip(*gains, strict=True)]
+        print(f"{op:22} {direction:9} {means[0]:.2f} x eager, {means[1]:.2f} x compiled")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(text) + "\n")
+    return 0
