@@ -8,7 +8,8 @@ float32). The gradients of filters and coefficients need the same N * M elements
 """
 
 # triton changes what its decorator wraps:
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 from typing import Any
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcifar_kernels.layout import check_companion, check_dtype, check_span, check_values, runs_triton
-from fastcifar_kernels.tiles import THREAD_BYTES
+from fastcifar_kernels.tiles import THREAD_BYTES, experts_of_program
 
 WARPS = 4
 PROGRAMS = 1024
@@ -84,15 +85,17 @@ def _aggregate_weights_fwd_kernel(
     w_ptr, coef_ptr, out_ptr, samples, size, samples_per_program,
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    k_K11 = tl.arange(0, BLOCK_K)[:, None, None]
-    m_11M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, None, :]
-    w_K1M = tl.load(w_ptr + k_K11.to(tl.int64) * size + m_11M, (k_K11 < EXPERTS) & (m_11M < size), 0)
+    m_1M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    filters = ()
+    for k in tl.static_range(EXPERTS):
+        filters += (tl.load(w_ptr + k * size.to(tl.int64) + m_1M, m_1M < size, 0),)
     first = tl.program_id(1) * samples_per_program
     for n0 in range(first, tl.minimum(first + samples_per_program, samples), BLOCK_N):
-        n_1N1 = n0 + tl.arange(0, BLOCK_N)[None, :, None]
-        coef_KN1 = tl.load(coef_ptr + n_1N1 * EXPERTS + k_K11, (n_1N1 < samples) & (k_K11 < EXPERTS), 0)
-        out_1NM = tl.sum(coef_KN1 * w_K1M, axis=0, keep_dims=True)
-        tl.store(out_ptr + n_1N1.to(tl.int64) * size + m_11M, out_1NM, (n_1N1 < samples) & (m_11M < size))
+        n_N1 = n0 + tl.arange(0, BLOCK_N)[:, None]
+        out_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for k in tl.static_range(EXPERTS):
+            out_NM += tl.load(coef_ptr + n_N1 * EXPERTS + k, n_N1 < samples, 0) * filters[k]
+        tl.store(out_ptr + n_N1.to(tl.int64) * size + m_1M, out_NM, (n_N1 < samples) & (m_1M < size))
 
 
 @triton.jit
@@ -100,34 +103,39 @@ def _aggregate_weights_bwd_kernel(
     w_ptr, coef_ptr, grad_ptr, grad_w_ptr, grad_coef_ptr, samples, size, samples_per_program,
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    k_K11 = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
-    m_11M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, None, :]
-    of_w = (k_K11 < EXPERTS) & (m_11M < size)
-    w_K1M = tl.load(w_ptr + k_K11.to(tl.int64) * size + m_11M, of_w, 0).to(tl.float32)
-    grad_w_KNM = tl.zeros((BLOCK_K, BLOCK_N, BLOCK_M), tl.float32)
+    k0 = tl.program_id(2) * BLOCK_K
+    m_1M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    filters = ()
+    sums = ()  # of coef * grad, for each expert
+    for i in tl.static_range(BLOCK_K):
+        filters += (tl.load(w_ptr + (k0 + i) * size.to(tl.int64) + m_1M, m_1M < size, 0).to(tl.float32),)
+        sums += (tl.zeros((BLOCK_N, BLOCK_M), tl.float32),)
     first = tl.program_id(1) * samples_per_program
-    end = tl.minimum(first + samples_per_program, samples)
-    for n0 in range(first, end, BLOCK_N):
-        n_1N1 = n0 + tl.arange(0, BLOCK_N)[None, :, None]
-        of_coef = (n_1N1 < samples) & (k_K11 < EXPERTS)
-        coef_KN1 = tl.load(coef_ptr + n_1N1 * EXPERTS + k_K11, of_coef, 0)
-        inside = (n_1N1 < samples) & (m_11M < size)
-        grad_1NM = tl.load(grad_ptr + n_1N1.to(tl.int64) * size + m_11M, inside, 0).to(tl.float32)
-        grad_w_KNM += coef_KN1 * grad_1NM
-        part_KN1 = (tl.program_id(0).to(tl.int64) * samples + n_1N1) * EXPERTS + k_K11
-        tl.store(grad_coef_ptr + part_KN1, tl.sum(grad_1NM * w_K1M, axis=2, keep_dims=True), of_coef)
-    at_K1M = (tl.program_id(1) * EXPERTS + k_K11).to(tl.int64) * size + m_11M
-    tl.store(grad_w_ptr + at_K1M, tl.sum(grad_w_KNM, axis=1, keep_dims=True), of_w)
+    for n0 in range(first, tl.minimum(first + samples_per_program, samples), BLOCK_N):
+        n_N1 = n0 + tl.arange(0, BLOCK_N)[:, None]
+        inside = (n_N1 < samples) & (m_1M < size)
+        grad_NM = tl.load(grad_ptr + n_N1.to(tl.int64) * size + m_1M, inside, 0).to(tl.float32)
+        part_N1 = (tl.program_id(0).to(tl.int64) * samples + n_N1) * EXPERTS
+        so_far = ()
+        for i in tl.static_range(BLOCK_K):
+            coef_N1 = tl.load(coef_ptr + n_N1 * EXPERTS + k0 + i, n_N1 < samples, 0)
+            so_far += (sums[i] + coef_N1 * grad_NM,)
+            dot_N1 = tl.sum(grad_NM * filters[i], axis=1, keep_dims=True)
+            tl.store(grad_coef_ptr + part_N1 + k0 + i, dot_N1, n_N1 < samples)
+        sums = so_far
+    for i in tl.static_range(BLOCK_K):
+        at_1M = (tl.program_id(1) * EXPERTS + k0 + i) * size.to(tl.int64) + m_1M
+        tl.store(grad_w_ptr + at_1M, tl.sum(sums[i], axis=0, keep_dims=True), m_1M < size)
 
 
-def _blocks(w_KM: Tensor, rows_NM: Tensor, block_k: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def _blocks(w_KM: Tensor, rows_NM: Tensor, experts_at_once: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Launch grid (elements, samples, experts) and sizes. A warp holds a row of BLOCK_M: sums over M stay inside it."""
     (experts, size), samples = w_KM.shape, len(rows_NM)
     block_m = 32 * THREAD_BYTES // rows_NM.element_size()
     columns = triton.cdiv(size, block_m)
     rounds = triton.cdiv(samples, WARPS)
-    groups = triton.cdiv(experts, block_k)
-    samples_per_program = triton.cdiv(rounds, triton.cdiv(PROGRAMS, columns * groups)) * WARPS
+    block_k = experts_of_program(experts, experts_at_once)
+    samples_per_program = triton.cdiv(rounds, triton.cdiv(PROGRAMS, columns * (experts // block_k))) * WARPS
     sizes = {
         "samples": samples,
         "size": size,
@@ -139,16 +147,16 @@ def _blocks(w_KM: Tensor, rows_NM: Tensor, block_k: int) -> tuple[tuple[int, int
         "num_warps": WARPS,
         "enable_fp_fusion": True,
     }
-    return (columns, triton.cdiv(samples, samples_per_program), groups), sizes
+    return (columns, triton.cdiv(samples, samples_per_program), experts // block_k), sizes
 
 
 def _triton_forward(w_KM: Tensor, coef_NK: Tensor, out_NM: Tensor) -> None:
-    grid, sizes = _blocks(w_KM, out_NM, triton.next_power_of_2(len(w_KM)))
+    grid, sizes = _blocks(w_KM, out_NM, len(w_KM))
     _aggregate_weights_fwd_kernel[grid](w_KM, coef_NK, out_NM, **sizes)
 
 
 def _triton_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tensor, Tensor]:
-    grid, sizes = _blocks(w_KM, grad_NM, min(triton.next_power_of_2(len(w_KM)), EXPERTS_AT_ONCE))
+    grid, sizes = _blocks(w_KM, grad_NM, EXPERTS_AT_ONCE)
     grad_w_SKM = torch.empty((grid[1], *w_KM.shape), device=w_KM.device)
     grad_coef_SNK = torch.empty((grid[0], *coef_NK.shape), device=w_KM.device)
     _aggregate_weights_bwd_kernel[grid](w_KM, coef_NK, grad_NM, grad_w_SKM, grad_coef_SNK, **sizes)

@@ -6,7 +6,8 @@ sums, so a mean far larger than the deviation costs no precision.
 """
 
 # numba and triton change what their decorators wrap:
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 import numba
 import numpy as np
@@ -18,8 +19,6 @@ from torch import Tensor
 from fastcifar_kernels.layout import as_rows, check_span, check_values, computes_in_float32, runs_triton
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
-
-EXPERTS_AT_ONCE = 2  # each costs a thread the registers of a mean, a sum and a load
 
 
 def batch_statistics_reference(y_NKCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,30 +57,29 @@ def _batch_statistics_kernel(
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program's share: its number of values and, per channel, their mean and sum of squared deviations."""
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
-    of_channel = (k < EXPERTS) & (c_11C < channels)
+    k = tl.program_id(0)
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
     first, end = walk(all_pieces, pieces_per_program)
-    count_1P1 = tl.zeros((1, BLOCK_P, 1), tl.float32)
-    mean_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
-    square_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
+    count_P1 = tl.zeros((BLOCK_P, 1), tl.float32)
+    mean_PC = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    square_PC = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            y_KPC = tl.load(
-                y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, (p < pixels) & of_channel, 0
-            )
-            count_1P1 += (p < pixels).to(tl.float32)
-            deviation_KPC = y_KPC - mean_KPC
-            mean_KPC += tl.where(p < pixels, deviation_KPC / tl.maximum(count_1P1, 1), 0)
-            square_KPC += tl.where(p < pixels, deviation_KPC * (y_KPC - mean_KPC), 0)
-    count = tl.sum(count_1P1)
-    mean_K1C = tl.sum(mean_KPC * count_1P1, axis=1, keep_dims=True) / count
-    deviation_KPC = mean_KPC - mean_K1C
-    square_K1C = tl.sum(square_KPC + count_1P1 * deviation_KPC * deviation_KPC, axis=1, keep_dims=True)
-    at_K1C = (tl.program_id(2) * EXPERTS + k) * channels + c_11C
-    tl.store(mean_ptr + at_K1C, mean_K1C, of_channel)
-    tl.store(square_ptr + at_K1C, square_K1C, of_channel)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            y_PC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+            count_P1 += (p < pixels).to(tl.float32)
+            deviation_PC = y_PC - mean_PC
+            mean_PC += tl.where(p < pixels, deviation_PC / tl.maximum(count_P1, 1), 0)
+            square_PC += tl.where(p < pixels, deviation_PC * (y_PC - mean_PC), 0)
+    count = tl.sum(count_P1)
+    mean_1C = tl.sum(mean_PC * count_P1, axis=0, keep_dims=True) / count
+    deviation_PC = mean_PC - mean_1C
+    square_1C = tl.sum(square_PC + count_P1 * deviation_PC * deviation_PC, axis=0, keep_dims=True)
+    at_1C = (tl.program_id(2) * EXPERTS + k) * channels + c_1C
+    tl.store(mean_ptr + at_1C, mean_1C, c_1C < channels)
+    tl.store(square_ptr + at_1C, square_1C, c_1C < channels)
     tl.store(count_ptr + tl.program_id(2), count)
 
 
@@ -114,7 +112,7 @@ def _merge_kernel(
 def _triton_statistics(y_NKCHW: Tensor, mean_KC: Tensor, variance_KC: Tensor) -> None:
     y_NPKC = as_rows(y_NKCHW)
     n, p, k, c = y_NPKC.shape
-    work = cut(y_NPKC, EXPERTS_AT_ONCE)
+    work = cut(y_NPKC, experts_at_once=1)
     count_S = torch.empty((work.splits,), device=y_NPKC.device)
     mean_SKC = torch.empty((work.splits, k, c), device=y_NPKC.device)
     square_SKC = torch.empty((work.splits, k, c), device=y_NPKC.device)

@@ -11,7 +11,8 @@ The mean is subtracted first: scale * y + shift would save a register but lose w
 """
 
 # numba and triton change what their decorators wrap:
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
 
 import numba
 import numpy as np
@@ -38,6 +39,7 @@ from fastcifar_kernels.tiles import bounds, cut, place, walk
 # In the backward kernels. Two experts keep a thread at 128 registers; four would need over 200, too few threads to hide
 # the memory's latency. The gradient is then read once for every two experts, the second time from the cache.
 EXPERTS_AT_ONCE = 2
+KEPT_EXPERTS = 4  # in the forward kernel: what normalises more of them is loaded again for every tile
 
 
 def bn_relu_weighted_sum_reference(
@@ -129,50 +131,55 @@ def bn_relu_weighted_sum(
 
 
 @triton.jit
-def _affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c, channels, EXPERTS: tl.constexpr, eps):
-    """mean, 1 / std, scale and bias of some channels of some experts."""
-    at, mask = k * channels + c, (k < EXPERTS) & (c < channels)
-    mean = tl.load(mean_ptr + at, mask, 0)
-    rstd = 1 / tl.sqrt_rn(tl.load(variance_ptr + at, mask, 0) + eps)
-    return mean, rstd, tl.load(weight_ptr + at, mask, 0) * rstd, tl.load(bias_ptr + at, mask, 0)
+def _affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_1C, channels, eps):
+    """mean, 1 / std, scale and bias of some channels of one expert."""
+    at, mask = k * channels + c_1C, c_1C < channels
+    rstd_1C = 1 / tl.sqrt_rn(tl.load(variance_ptr + at, mask, 0) + eps)
+    scale_1C = tl.load(weight_ptr + at, mask, 0) * rstd_1C
+    return tl.load(mean_ptr + at, mask, 0), rstd_1C, scale_1C, tl.load(bias_ptr + at, mask, 0)
+
+
+@triton.jit
+def _term(y_tile_ptr, inside, coef, affine):
+    """What one expert adds to a tile of the sum."""
+    mean_1C, _rstd_1C, scale_1C, bias_1C = affine
+    a_PC = scale_1C * (tl.load(y_tile_ptr, inside, 0) - mean_1C) + bias_1C
+    return coef * tl.where(a_PC <= 0, 0.0, a_PC)  # in this form NaN stays NaN
 
 
 @triton.jit
 def _bn_relu_weighted_sum_fwd_kernel(
     y_ptr, coef_ptr, mean_ptr, variance_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, eps,
     pixels, channels, y_stride_n, y_stride_p, y_stride_k, pieces, piece_pixels, all_pieces, pieces_per_program,
-    RESIDUAL: tl.constexpr, EXPERTS: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k_K11, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
-    if EXPERTS <= BLOCK_K:  # one round over the experts: what normalises them stays in registers
-        mean_K1C, _, scale_K1C, bias_K1C = _affine(
-            mean_ptr, variance_ptr, weight_ptr, bias_ptr, k_K11, c_11C, channels, EXPERTS, eps
-        )
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
+    affine = ()
+    if KEEP:  # what normalises each expert, in registers
+        for k in tl.static_range(EXPERTS):
+            affine += (_affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_1C, channels, eps),)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            at_1PC = n * pixels * channels + p * channels + c_11C
-            out_1PC = tl.zeros((1, BLOCK_P, BLOCK_C), tl.float32)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            at_PC = n * pixels * channels + p * channels + c_1C
+            out_PC = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if RESIDUAL:
-                out_1PC += tl.load(residual_ptr + at_1PC, inside, 0)
-            for k0 in range(0, EXPERTS, BLOCK_K):
-                k = k0 + k_K11
-                if EXPERTS > BLOCK_K:
-                    mean_K1C, _, scale_K1C, bias_K1C = _affine(
-                        mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_11C, channels, EXPERTS, eps
-                    )
-                coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
-                y_KPC = tl.load(
-                    y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, inside & (k < EXPERTS), 0
-                )
-                a_KPC = scale_K1C * (y_KPC - mean_K1C) + bias_K1C
-                relu_KPC = tl.where(a_KPC <= 0, 0.0, a_KPC)  # in this form NaN stays NaN
-                out_1PC += tl.sum(coef_K11 * relu_KPC, axis=0, keep_dims=True)
-            tl.store(out_ptr + at_1PC, out_1PC, inside)
+                out_PC += tl.load(residual_ptr + at_PC, inside, 0)
+            y_tile_ptr = y_ptr + n * y_stride_n + p * y_stride_p + c_1C
+            if KEEP:
+                for k in tl.static_range(EXPERTS):
+                    coef = tl.load(coef_ptr + n * EXPERTS + k)
+                    out_PC += _term(y_tile_ptr + k * y_stride_k, inside, coef, affine[k])
+            else:
+                for k in range(EXPERTS):
+                    parts = _affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_1C, channels, eps)
+                    coef = tl.load(coef_ptr + n * EXPERTS + k)
+                    out_PC += _term(y_tile_ptr + k * y_stride_k, inside, coef, parts)
+            tl.store(out_ptr + at_PC, out_PC, inside)
 
 
 @triton.jit
@@ -182,36 +189,51 @@ def _bn_relu_weighted_sum_sums_kernel(
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program's share of the gradients of coefficients, bias and weight."""
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
-    of_channel = (k < EXPERTS) & (c_11C < channels)
-    mean_K1C, rstd_K1C, scale_K1C, bias_K1C = _affine(
-        mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_11C, channels, EXPERTS, eps
-    )
+    k0 = tl.program_id(0) * BLOCK_K
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
+    affine = ()
+    bias_sums = ()
+    scale_sums = ()
+    for i in tl.static_range(BLOCK_K):
+        affine += (_affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k0 + i, c_1C, channels, eps),)
+        bias_sums += (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
+        scale_sums += (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
     first, end = walk(all_pieces, pieces_per_program)
-    grad_bias_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
-    grad_scale_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
-        coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
-        grad_coef_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
+        coefs = ()
+        coef_sums = ()
+        for i in tl.static_range(BLOCK_K):
+            coefs += (tl.load(coef_ptr + n * EXPERTS + k0 + i),)
+            coef_sums += (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            grad_1PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_11C, inside, 0)
-            y_KPC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, inside & (k < EXPERTS), 0)
-            z_KPC = y_KPC - mean_K1C
-            a_KPC = scale_K1C * z_KPC + bias_K1C
-            passed_KPC = tl.where(a_KPC <= 0, 0.0, grad_1PC)
-            grad_coef_KPC += passed_KPC * a_KPC
-            grad_bias_KPC += coef_K11 * passed_KPC
-            grad_scale_KPC += coef_K11 * passed_KPC * z_KPC
-        grad_coef_K11 = tl.sum(tl.sum(grad_coef_KPC, axis=2, keep_dims=True), axis=1, keep_dims=True)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            grad_PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_1C, inside, 0)
+            to_coef = ()
+            to_bias = ()
+            to_scale = ()
+            for i in tl.static_range(BLOCK_K):
+                k = k0 + i
+                mean_1C, _rstd_1C, scale_1C, bias_1C = affine[i]
+                y_PC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+                z_PC = y_PC - mean_1C
+                a_PC = scale_1C * z_PC + bias_1C
+                passed_PC = tl.where(a_PC <= 0, 0.0, grad_PC)
+                to_coef += (coef_sums[i] + passed_PC * a_PC,)
+                to_bias += (bias_sums[i] + coefs[i] * passed_PC,)
+                to_scale += (scale_sums[i] + coefs[i] * passed_PC * z_PC,)
+            coef_sums, bias_sums, scale_sums = to_coef, to_bias, to_scale
         part = (n * pieces + piece % pieces) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(grad_coef_ptr + part * EXPERTS + k, grad_coef_K11, k < EXPERTS)
-    at_K1C = (tl.program_id(2) * 2 * EXPERTS + k) * channels + c_11C
-    tl.store(grad_affine_ptr + at_K1C, tl.sum(grad_bias_KPC, axis=1, keep_dims=True), of_channel)
-    grad_weight_K1C = rstd_K1C * tl.sum(grad_scale_KPC, axis=1, keep_dims=True)
-    tl.store(grad_affine_ptr + at_K1C + EXPERTS * channels, grad_weight_K1C, of_channel)
+        for i in tl.static_range(BLOCK_K):
+            tl.store(grad_coef_ptr + part * EXPERTS + k0 + i, tl.sum(coef_sums[i]))
+    for i in tl.static_range(BLOCK_K):
+        k = k0 + i
+        at_1C = (tl.program_id(2) * 2 * EXPERTS + k) * channels + c_1C
+        rstd_1C = affine[i][1]
+        tl.store(grad_affine_ptr + at_1C, tl.sum(bias_sums[i], axis=0, keep_dims=True), c_1C < channels)
+        grad_weight_1C = rstd_1C * tl.sum(scale_sums[i], axis=0, keep_dims=True)
+        tl.store(grad_affine_ptr + at_1C + EXPERTS * channels, grad_weight_1C, c_1C < channels)
 
 
 @triton.jit
@@ -222,40 +244,55 @@ def _bn_relu_weighted_sum_bwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of y, given those of bias and weight."""
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
-    of_channel = (k < EXPERTS) & (c_11C < channels)
-    at_K1C = k * channels + c_11C
-    mean_K1C, rstd_K1C, scale_K1C, bias_K1C = _affine(
-        mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_11C, channels, EXPERTS, eps
-    )
-    if BATCH_STATISTICS:  # what the batch's mean and deviation pass back is linear in z: level + slope * z
-        grad_bias_K1C = tl.load(grad_affine_ptr + at_K1C, of_channel, 0)
-        grad_weight_K1C = tl.load(grad_affine_ptr + at_K1C + EXPERTS * channels, of_channel, 0)
-        slope_K1C = scale_K1C * rstd_K1C * grad_weight_K1C / values
-        level_K1C = scale_K1C * grad_bias_K1C / values
+    k0 = tl.program_id(0) * BLOCK_K
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
+    affine = ()
+    passed_back = ()  # what the batch's mean and deviation pass back, linear in z: level + slope * z
+    for i in tl.static_range(BLOCK_K):
+        affine += (_affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k0 + i, c_1C, channels, eps),)
+        if BATCH_STATISTICS:
+            rstd_1C, scale_1C = affine[i][1], affine[i][2]
+            at_1C = (k0 + i) * channels + c_1C
+            grad_bias_1C = tl.load(grad_affine_ptr + at_1C, c_1C < channels, 0)
+            grad_weight_1C = tl.load(grad_affine_ptr + at_1C + EXPERTS * channels, c_1C < channels, 0)
+            passed_back += ((scale_1C * grad_bias_1C / values, scale_1C * rstd_1C * grad_weight_1C / values),)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
-        coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
+        coefs = ()
+        for i in tl.static_range(BLOCK_K):
+            coefs += (tl.load(coef_ptr + n * EXPERTS + k0 + i),)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            grad_1PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_11C, inside, 0)
-            y_KPC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, inside & (k < EXPERTS), 0)
-            z_KPC = y_KPC - mean_K1C
-            grad_y_KPC = scale_K1C * tl.where(scale_K1C * z_KPC + bias_K1C <= 0, 0.0, coef_K11 * grad_1PC)
-            if BATCH_STATISTICS:
-                grad_y_KPC -= level_K1C + slope_K1C * z_KPC
-            at_KPC = (n * pixels + p) * EXPERTS * channels + k * channels + c_11C
-            tl.store(grad_y_ptr + at_KPC, grad_y_KPC, inside & (k < EXPERTS))
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            grad_PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_1C, inside, 0)
+            for i in tl.static_range(BLOCK_K):
+                k = k0 + i
+                mean_1C, _rstd_1C, scale_1C, bias_1C = affine[i]
+                y_PC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+                z_PC = y_PC - mean_1C
+                grad_y_PC = scale_1C * tl.where(scale_1C * z_PC + bias_1C <= 0, 0.0, coefs[i] * grad_PC)
+                if BATCH_STATISTICS:
+                    level_1C, slope_1C = passed_back[i]
+                    grad_y_PC -= level_1C + slope_1C * z_PC
+                at_PC = (n * pixels + p) * EXPERTS * channels + k * channels + c_1C
+                tl.store(grad_y_ptr + at_PC, grad_y_PC, inside)
 
 
 def _triton_forward(y_NKCHW, coef_NK, affine, residual_NCHW, eps, out_NCHW) -> None:
     y_NPKC = as_rows(y_NKCHW)
     residual_NPC = None if residual_NCHW is None else as_pixels(residual_NCHW)
-    work = cut(y_NPKC, experts_at_once=None)
+    work = cut(y_NPKC, experts_at_once=y_NPKC.size(2))
     _bn_relu_weighted_sum_fwd_kernel[work.grid](
-        y_NPKC, coef_NK, *affine, residual_NPC, out_NCHW, eps, RESIDUAL=residual_NPC is not None, **work.sizes
+        y_NPKC,
+        coef_NK,
+        *affine,
+        residual_NPC,
+        out_NCHW,
+        eps,
+        RESIDUAL=residual_NPC is not None,
+        KEEP=y_NPKC.size(2) <= KEPT_EXPERTS,
+        **work.sizes,
     )
 
 

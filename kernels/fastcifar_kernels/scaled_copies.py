@@ -6,7 +6,8 @@ Traffic in units of N * P * C elements: forward reads 1 and writes K; backward r
 """
 
 # numba and triton change what their decorators wrap:
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 import numba
 import numpy as np
@@ -27,8 +28,6 @@ from fastcifar_kernels.layout import (
 )
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, narrow, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
-
-EXPERTS_AT_ONCE = 4  # in the forward kernel; the backward one needs all, to write their sum once
 
 
 def scaled_copies_reference(x_NCHW: Tensor, coef_NK: Tensor) -> Tensor:
@@ -71,17 +70,17 @@ def _scaled_copies_fwd_kernel(
     pixels, channels, y_stride_n, y_stride_p, y_stride_k, pieces, piece_pixels, all_pieces, pieces_per_program,
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
-        coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            x_1PC = tl.load(x_ptr + n * pixels * channels + p * channels + c_11C, inside, 0)
-            at_KPC = n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C
-            tl.store(out_ptr + at_KPC, coef_K11 * x_1PC, inside & (k < EXPERTS))
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            x_PC = tl.load(x_ptr + n * pixels * channels + p * channels + c_1C, inside, 0)
+            for k in tl.static_range(EXPERTS):
+                coef = tl.load(coef_ptr + n * EXPERTS + k)
+                tl.store(out_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, coef * x_PC, inside)
 
 
 @triton.jit
@@ -90,28 +89,34 @@ def _scaled_copies_bwd_kernel(
     pixels, channels, y_stride_n, y_stride_p, y_stride_k, pieces, piece_pixels, all_pieces, pieces_per_program,
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
-        coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
-        grad_coef_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
+        sums = ()  # of grad * x, for each expert
+        for _k in tl.static_range(EXPERTS):
+            sums += (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            at_1PC = n * pixels * channels + p * channels + c_11C
-            x_1PC = tl.load(x_ptr + at_1PC, inside, 0).to(tl.float32)
-            at_KPC = n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C
-            grad_KPC = tl.load(grad_ptr + at_KPC, inside & (k < EXPERTS), 0)
-            grad_coef_KPC += x_1PC * grad_KPC
-            tl.store(grad_x_ptr + at_1PC, tl.sum(coef_K11 * grad_KPC, axis=0, keep_dims=True), inside)
-        grad_coef_K11 = tl.sum(tl.sum(grad_coef_KPC, axis=2, keep_dims=True), axis=1, keep_dims=True)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            at_PC = n * pixels * channels + p * channels + c_1C
+            x_PC = tl.load(x_ptr + at_PC, inside, 0).to(tl.float32)
+            grad_x_PC = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+            so_far = ()
+            for k in tl.static_range(EXPERTS):
+                coef = tl.load(coef_ptr + n * EXPERTS + k)
+                grad_PC = tl.load(grad_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+                grad_x_PC += coef * grad_PC
+                so_far += (sums[k] + x_PC * grad_PC,)
+            sums = so_far
+            tl.store(grad_x_ptr + at_PC, grad_x_PC, inside)
         part = (n * pieces + piece % pieces) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(grad_coef_ptr + part * EXPERTS + k, grad_coef_K11, k < EXPERTS)
+        for k in tl.static_range(EXPERTS):
+            tl.store(grad_coef_ptr + part * EXPERTS + k, tl.sum(sums[k]))
 
 
 def _triton_forward(x_NCHW: Tensor, coef_NK: Tensor, out_NKCHW: Tensor) -> None:
-    work = cut(as_rows(out_NKCHW), EXPERTS_AT_ONCE)
+    work = cut(as_rows(out_NKCHW), experts_at_once=out_NKCHW.size(1))
     _scaled_copies_fwd_kernel[work.grid](as_pixels(x_NCHW), coef_NK, out_NKCHW, **work.sizes)
 
 

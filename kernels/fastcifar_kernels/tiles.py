@@ -1,8 +1,10 @@
 """How the work on [N, P, K, C] is cut into programs and tiles.
 
-A tile is [BLOCK_K, BLOCK_P, BLOCK_C]: some experts of some pixels of one sample. Its channels are contiguous, so a
-thread loads 16 bytes at once; its experts lie in one thread, so summing over them is free of communication, and what
-belongs to a channel (mean, scale, running sums) stays in that thread's registers from tile to tile.
+A tile is [BLOCK_P, BLOCK_C]: some pixels of one sample and expert. Its channels are contiguous, so a thread loads 16
+bytes at once. A kernel takes the same tile of its experts one after the other, so a thread holds the same pixels and
+channels of each: summing over experts needs no communication, and what belongs to a channel (mean, scale, running sums)
+stays in that thread's registers from tile to tile. (Tiles of three axes would be shorter to write, but which axis then
+stays within a thread differs between versions of triton.)
 
 A program walks the tiles of some pieces (a sample, or part of one where samples are few) and of one block of channels.
 The cut depends on the shape alone, never on the GPU or on a measurement: the order of summation, and with it every bit
@@ -34,17 +36,16 @@ class Cut:
         return self.grid[2]
 
 
-def cut(y_NPKC: Tensor, experts_at_once: int | None) -> Cut:
-    """Cut the work on `y_NPKC` (not empty); a program handles so many experts, or (None) all, four after four."""
+def cut(y_NPKC: Tensor, experts_at_once: int) -> Cut:
+    """Cut the work on `y_NPKC` (not empty), a program handling at most so many experts."""
     n, p, k, c = y_NPKC.shape
-    block_k = triton.next_power_of_2(min(k, experts_at_once or 4))
+    block_k = experts_of_program(k, experts_at_once)
     block_c = min(triton.next_power_of_2(c), 128)
     rows = WARPS * 32 * THREAD_BYTES // y_NPKC.element_size() // block_c
-    block_p = min(triton.next_power_of_2(p), rows // max(1, block_k // 8))  # a thread has registers for eight experts
-    groups = triton.cdiv(k, block_k) if experts_at_once else 1
+    block_p = min(triton.next_power_of_2(p), rows)
     channel_blocks = triton.cdiv(c, block_c)
 
-    wanted = triton.cdiv(PROGRAMS, groups * channel_blocks)
+    wanted = triton.cdiv(PROGRAMS, k // block_k * channel_blocks)
     pieces = min(triton.cdiv(p, block_p), triton.cdiv(wanted, n))
     piece_pixels = triton.cdiv(triton.cdiv(p, block_p), pieces) * block_p
     pieces = triton.cdiv(p, piece_pixels)
@@ -66,16 +67,20 @@ def cut(y_NPKC: Tensor, experts_at_once: int | None) -> Cut:
         "num_warps": WARPS,
         "enable_fp_fusion": True,
     }
-    return Cut((groups, channel_blocks, triton.cdiv(n * pieces, pieces_per_program)), sizes)
+    return Cut((k // block_k, channel_blocks, triton.cdiv(n * pieces, pieces_per_program)), sizes)
+
+
+def experts_of_program(experts: int, at_once: int) -> int:
+    """As many as can be handled at once, and as many in every program: no kernel meets an expert that is not there."""
+    return max(count for count in range(1, min(experts, at_once) + 1) if experts % count == 0)
 
 
 @triton.jit
-def place(BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The experts and channels of this program and the pixels of a tile, along the three axes of a tile."""
-    k_K11 = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
-    p_1P1 = tl.arange(0, BLOCK_P)[None, :, None]
-    c_11C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
-    return k_K11, p_1P1, c_11C
+def place(BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The pixels of a tile, and the channels of this program."""
+    p_P1 = tl.arange(0, BLOCK_P)[:, None]
+    c_1C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return p_P1, c_1C
 
 
 @triton.jit

@@ -5,8 +5,8 @@ python -m fastcifar_kernels.verify [--op NAME ...]
 What is allowed is not a constant but derived from each input: twice what plain torch in the same type gets wrong, plus
 twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck), plus one
 rounding of the result. Every tensor that a kernel writes is filled with NaN first, and every tensor that it reads or
-writes lies between strips of NaN: what is not written, or read from outside, shows. Each is run twice and must give the
-same bits.
+writes lies between strips of NaN: what is not written, or read from outside, shows. Each is run twice (but not in the
+interpreter) and must give the same bits.
 
 With a GPU the compiled kernels are run; without one the numba loops for CPU tensors, and the Triton kernels in Triton's
 interpreter on small shapes. Exit code 1 if anything misses.
@@ -49,14 +49,21 @@ aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
 SMALL = (
     (2, 4, 16, 4, 4),
     (1, 1, 8, 5, 3),
-    (3, 3, 12, 3, 3),
-    (5, 2, 7, 2, 3),
-    (2, 16, 9, 3, 2),
-    (1, 5, 130, 3, 5),
-    (7, 8, 32, 1, 1),
-    (2, 2, 64, 9, 9),
+    (5, 3, 7, 2, 3),
+    (2, 8, 32, 1, 1),
+    (1, 16, 9, 3, 2),
+    (2, 2, 130, 3, 5),
 )
-MEDIUM = (*SMALL, (2100, 2, 3, 1, 1), (32, 4, 64, 16, 16), (16, 3, 20, 11, 13), (8, 16, 128, 8, 8), (1, 4, 256, 32, 32))
+MEDIUM = (
+    *SMALL,
+    (3, 6, 12, 3, 3),
+    (2, 2, 64, 9, 9),
+    (2100, 2, 3, 1, 1),
+    (32, 4, 64, 16, 16),
+    (16, 3, 20, 11, 13),
+    (8, 16, 128, 8, 8),
+    (1, 4, 256, 32, 32),
+)
 LARGE = (*MEDIUM, (512, 4, 64, 32, 32), (512, 4, 128, 16, 16), (512, 4, 512, 8, 8), (64, 16, 200, 7, 9))
 
 
@@ -187,7 +194,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
     with guarding() as guard:
         inside = {name: guard.copy(tensor) for name, tensor in given.items()}
         found = results(case, "kernel", inside)
-        again = results(case, "kernel", inside)
+        # The interpreter runs one program after the other: a second run could teach nothing.
+        again = found if knobs.runtime.interpret else results(case, "kernel", inside)
     if not guard.untouched():
         faults.append("wrote outside its tensors")
     if any(not torch.equal(given[name], inside[name]) for name in given):

@@ -5,7 +5,8 @@ writes K. Coefficients are a few kilobytes. Sums are taken in float32.
 """
 
 # numba and triton change what their decorators wrap:
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false
 
 import numba
 import numpy as np
@@ -26,7 +27,7 @@ from fastcifar_kernels.layout import (
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, narrow, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
 
-EXPERTS_AT_ONCE = 4  # in the backward kernel, which keeps one running sum for each element of a tile
+EXPERTS_AT_ONCE = 4  # in the backward kernel, which keeps a running sum for each element of their tiles
 
 
 def weighted_sum_reference(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None = None) -> Tensor:
@@ -64,25 +65,22 @@ def _weighted_sum_fwd_kernel(
     RESIDUAL: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k_K11, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            at_1PC = n * pixels * channels + p * channels + c_11C
-            out_1PC = tl.zeros((1, BLOCK_P, BLOCK_C), tl.float32)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            at_PC = n * pixels * channels + p * channels + c_1C
+            out_PC = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if RESIDUAL:
-                out_1PC += tl.load(residual_ptr + at_1PC, inside, 0)
-            for k0 in range(0, EXPERTS, BLOCK_K):
-                k = k0 + k_K11
-                coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
-                y_KPC = tl.load(
-                    y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, inside & (k < EXPERTS), 0
-                )
-                out_1PC += tl.sum(coef_K11 * y_KPC, axis=0, keep_dims=True)
-            tl.store(out_ptr + at_1PC, out_1PC, inside)
+                out_PC += tl.load(residual_ptr + at_PC, inside, 0)
+            for k in tl.static_range(EXPERTS):
+                coef = tl.load(coef_ptr + n * EXPERTS + k)
+                y_PC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+                out_PC += coef * y_PC
+            tl.store(out_ptr + at_PC, out_PC, inside)
 
 
 @triton.jit
@@ -91,30 +89,37 @@ def _weighted_sum_bwd_kernel(
     pixels, channels, y_stride_n, y_stride_p, y_stride_k, pieces, piece_pixels, all_pieces, pieces_per_program,
     EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    k, p_1P1, c_11C = place(BLOCK_K, BLOCK_P, BLOCK_C)
+    k0 = tl.program_id(0) * BLOCK_K
+    p_P1, c_1C = place(BLOCK_P, BLOCK_C)
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
-        coef_K11 = tl.load(coef_ptr + n * EXPERTS + k, k < EXPERTS, 0)
-        grad_coef_KPC = tl.zeros((BLOCK_K, BLOCK_P, BLOCK_C), tl.float32)
+        coefs = ()
+        sums = ()  # of grad * y, for each expert
+        for i in tl.static_range(BLOCK_K):
+            coefs += (tl.load(coef_ptr + n * EXPERTS + k0 + i),)
+            sums += (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
         for p0 in range(start, stop, BLOCK_P):
-            p = p0 + p_1P1
-            inside = (p < pixels) & (c_11C < channels)
-            of_expert = inside & (k < EXPERTS)
-            grad_1PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_11C, inside, 0).to(tl.float32)
-            y_KPC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_11C, of_expert, 0)
-            grad_coef_KPC += grad_1PC * y_KPC
-            at_KPC = (n * pixels + p) * EXPERTS * channels + k * channels + c_11C
-            tl.store(grad_y_ptr + at_KPC, coef_K11 * grad_1PC, of_expert)
-        grad_coef_K11 = tl.sum(tl.sum(grad_coef_KPC, axis=2, keep_dims=True), axis=1, keep_dims=True)
+            p = p0 + p_P1
+            inside = (p < pixels) & (c_1C < channels)
+            grad_PC = tl.load(grad_ptr + n * pixels * channels + p * channels + c_1C, inside, 0).to(tl.float32)
+            so_far = ()
+            for i in tl.static_range(BLOCK_K):
+                k = k0 + i
+                y_PC = tl.load(y_ptr + n * y_stride_n + p * y_stride_p + k * y_stride_k + c_1C, inside, 0)
+                so_far += (sums[i] + grad_PC * y_PC,)
+                at_PC = (n * pixels + p) * EXPERTS * channels + k * channels + c_1C
+                tl.store(grad_y_ptr + at_PC, coefs[i] * grad_PC, inside)
+            sums = so_far
         part = (n * pieces + piece % pieces) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(grad_coef_ptr + part * EXPERTS + k, grad_coef_K11, k < EXPERTS)
+        for i in tl.static_range(BLOCK_K):
+            tl.store(grad_coef_ptr + part * EXPERTS + k0 + i, tl.sum(sums[i]))
 
 
 def _triton_forward(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None, out_NCHW: Tensor) -> None:
     y_NPKC = as_rows(y_NKCHW)
     residual_NPC = None if residual_NCHW is None else as_pixels(residual_NCHW)
-    work = cut(y_NPKC, experts_at_once=None)
+    work = cut(y_NPKC, experts_at_once=y_NPKC.size(2))
     _weighted_sum_fwd_kernel[work.grid](
         y_NPKC, coef_NK, residual_NPC, out_NCHW, RESIDUAL=residual_NPC is not None, **work.sizes
     )
