@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcifar_kernels.layout import check_companion, check_dtype, check_span, check_values, runs_triton
+from fastcifar_kernels.layout import check_companion, check_dtype, check_stack, check_values, runs_triton
 from fastcifar_kernels.tiles import THREAD_BYTES, experts_of_program
 
 WARPS = 4
@@ -47,9 +47,8 @@ def aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype | Non
         ValueError: shapes, types or devices do not belong together, or one set of filters has 2**31 elements or more.
     """
     check_values("w_KOIHW", w_KOIHW, 5)
-    check_span("w_KOIHW", w_KOIHW)
-    if coef_NK.dim() != 2:
-        raise ValueError(f"coef_NK must have 2 dimensions, has shape {tuple(coef_NK.shape)}.")
+    check_stack("w_KOIHW", w_KOIHW, w_KOIHW.size(0))
+    check_values("coef_NK", coef_NK, 2)
     check_companion("coef_NK", coef_NK, (coef_NK.size(0), w_KOIHW.size(0)), "w_KOIHW", w_KOIHW)
     check_dtype("dtype", dtype or w_KOIHW.dtype)
     return _aggregate_weights(w_KOIHW, coef_NK.float(), dtype or w_KOIHW.dtype)
@@ -167,12 +166,14 @@ def _triton_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Te
 
 
 def _cpu_forward(w_KM: Tensor, coef_NK: Tensor, out_NM: Tensor) -> None:
-    out_NM.copy_(coef_NK @ w_KM.float())
+    with torch.autocast("cpu", enabled=False):
+        out_NM.copy_(coef_NK @ w_KM.float())
 
 
 def _cpu_backward(w_KM: Tensor, coef_NK: Tensor, grad_NM: Tensor) -> tuple[Tensor, Tensor]:
     grad_NM = grad_NM.float()
-    return coef_NK.T @ grad_NM, grad_NM @ w_KM.float().T
+    with torch.autocast("cpu", enabled=False):
+        return coef_NK.T @ grad_NM, grad_NM @ w_KM.float().T
 
 
 # The operators
@@ -191,7 +192,7 @@ def _aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype) -> 
 def _aggregate_weights_backward(w_KOIHW: Tensor, coef_NK: Tensor, grad_NOIHW: Tensor) -> tuple[Tensor, Tensor]:
     grad_w_KOIHW = _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype)
     if not grad_NOIHW.numel():
-        return grad_w_KOIHW.zero_(), torch.zeros_like(coef_NK)
+        return grad_w_KOIHW.zero_(), torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(w_KOIHW) else _cpu_backward
     w_KM, grad_NM = _as_rows(w_KOIHW, w_KOIHW), _as_rows(grad_NOIHW, w_KOIHW)
     grad_w_KM, grad_coef_NK = backward(w_KM, coef_NK.contiguous(), grad_NM)
@@ -206,7 +207,7 @@ def _(w_KOIHW, coef_NK, dtype):
 
 @_aggregate_weights_backward.register_fake
 def _(w_KOIHW, coef_NK, grad_NOIHW):
-    return _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype), torch.empty_like(coef_NK)
+    return _empty(len(w_KOIHW), w_KOIHW, w_KOIHW.dtype), torch.empty(coef_NK.shape, device=coef_NK.device)
 
 
 def _save(ctx, inputs, output) -> None:

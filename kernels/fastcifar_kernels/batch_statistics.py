@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcifar_kernels.layout import as_rows, check_span, check_values, computes_in_float32, runs_triton
+from fastcifar_kernels.layout import as_rows, check_stack, check_values, computes_in_float32, runs_triton
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
+
+MERGED_AT_ONCE = 128  # shares of programs, in one tile: few columns mean few programs, so each takes many rows
 
 
 def batch_statistics_reference(y_NKCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,7 @@ def batch_statistics(y_NKCHW: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: a type without kernels, no values to take the mean of, or one sample of 2**31 elements or more.
     """
     check_values("y_NKCHW", y_NKCHW, 5)
-    check_span("y_NKCHW", y_NKCHW)
+    check_stack("y_NKCHW", y_NKCHW, y_NKCHW.size(1))
     if not y_NKCHW.numel():
         raise ValueError(f"y_NKCHW has no values to take the mean of: its shape is {tuple(y_NKCHW.shape)}.")
     return _batch_statistics(y_NKCHW.detach())
@@ -117,10 +119,10 @@ def _triton_statistics(y_NKCHW: Tensor, mean_KC: Tensor, variance_KC: Tensor) ->
     mean_SKC = torch.empty((work.splits, k, c), device=y_NPKC.device)
     square_SKC = torch.empty((work.splits, k, c), device=y_NPKC.device)
     _batch_statistics_kernel[work.grid](y_NPKC, count_S, mean_SKC, square_SKC, **work.sizes)
-    # 32 columns are a full 128-byte line of float32; few columns mean few programs, so each takes many rows at once.
+    # 32 columns of float32 are a full 128-byte line.
     _merge_kernel[(triton.cdiv(k * c, 32),)](
         count_S, mean_SKC, square_SKC, mean_KC, variance_KC, work.splits, k * c, float(n * p),
-        BLOCK_S=128, BLOCK_C=32, num_warps=8, enable_fp_fusion=True,
+        BLOCK_S=MERGED_AT_ONCE, BLOCK_C=32, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
 
 

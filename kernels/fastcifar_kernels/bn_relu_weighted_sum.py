@@ -83,7 +83,7 @@ def bn_relu_weighted_sum(
         y_NKCHW: float32, bfloat16 or float16; fastest channels-last (see `weighted_sum`).
         coef_NK: used as float32, as are the following.
         weight_KC, bias_KC: BatchNorm's scale and shift, as `norm.weight.view(K, C)` of a BatchNorm2d(K * C).
-        running_mean_KC, running_var_KC: float32; updated in place in training if given, used in eval mode.
+        running_mean_KC, running_var_KC: updated in place in training if given, used in eval mode.
         residual_NCHW: added to the sum; of the type of `y_NKCHW`.
         training: normalise with the statistics of this batch; else with the running ones.
         momentum: share of this batch in the running statistics, as in torch.nn.BatchNorm2d.
@@ -115,13 +115,14 @@ def bn_relu_weighted_sum(
         mean_KC, variance_KC = batch_statistics(y_NKCHW)
         with torch.no_grad():
             if running_mean_KC is not None:
-                running_mean_KC.lerp_(mean_KC, momentum)
+                running_mean_KC.lerp_(mean_KC.to(running_mean_KC.dtype), momentum)
             if running_var_KC is not None:
-                running_var_KC.lerp_(variance_KC * (values / (values - 1)), momentum)
+                unbiased_KC = variance_KC * (values / (values - 1))
+                running_var_KC.lerp_(unbiased_KC.to(running_var_KC.dtype), momentum)
     elif running_mean_KC is None or running_var_KC is None:
         raise ValueError("running_mean_KC and running_var_KC are needed unless training.")
     else:
-        mean_KC, variance_KC = running_mean_KC, running_var_KC
+        mean_KC, variance_KC = running_mean_KC.float(), running_var_KC.float()
     return _bn_relu_weighted_sum(
         y_NKCHW, coef_NK.float(), mean_KC, variance_KC, weight_KC.float(), bias_KC.float(), residual_NCHW, eps, training
     )

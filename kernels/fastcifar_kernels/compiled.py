@@ -149,7 +149,7 @@ def access_widths(ptx: str, which: str) -> dict[int, int]:
 
     A copy from global to shared memory (cp.async) is a load.
     """
-    found = re.findall(rf"\b{which}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    found = re.findall(rf"\b{which}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+),", ptx) if which == "ld" else []
     widths = [int(count or 1) * int(bits) for count, bits in found] + [int(size, 16) * 8 for size in copies]
     return dict(sorted(Counter(widths).items()))

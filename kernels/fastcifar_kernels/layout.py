@@ -53,7 +53,7 @@ def empty_map(y_NKCHW: Tensor) -> Tensor:
 def check_experts(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None) -> None:
     """Raise ValueError, naming the argument and both shapes, unless the three belong together."""
     check_values("y_NKCHW", y_NKCHW, 5)
-    check_span("y_NKCHW", y_NKCHW)
+    check_stack("y_NKCHW", y_NKCHW, y_NKCHW.size(1))
     n, k, c, h, w = y_NKCHW.shape
     check_companion("coef_NK", coef_NK, (n, k), "y_NKCHW", y_NKCHW)
     if residual_NCHW is not None:
@@ -89,10 +89,11 @@ def check_companion(name: str, tensor: Tensor, shape: tuple[int, ...], other_nam
         raise ValueError(f"{name} is on {tensor.device}, {other_name} is on {other.device}: move one of them.")
 
 
-def check_span(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a single sample spans more elements than 32 bits count."""
-    size = tensor[:1].numel()
-    if size >= SPAN_LIMIT:
-        raise ValueError(
-            f"{name} has {size:,} elements in each sample of shape {tuple(tensor.shape[1:])}; 2**31 is too many."
-        )
+def check_stack(name: str, tensor: Tensor, experts: int) -> None:
+    """Raise ValueError if there is no expert, or if a single sample spans more elements than 32 bits count."""
+    if not experts:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no expert.")
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    span = max(reach, tensor[:1].numel())
+    if span >= SPAN_LIMIT:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} spans {span:,} elements a sample: 2**31 are too many.")

@@ -11,6 +11,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+# numba keeps what it compiled by the file that a loop stands in: after a change here, delete the folders __pycache__.
 PIECE_PIXELS = 64  # of one sample, handled by one thread at a time; sums of more than 64 values are sums of sums
 
 

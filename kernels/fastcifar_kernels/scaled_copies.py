@@ -20,7 +20,7 @@ from fastcifar_kernels.layout import (
     as_pixels,
     as_rows,
     check_companion,
-    check_span,
+    check_stack,
     check_values,
     computes_in_float32,
     empty_map,
@@ -49,10 +49,11 @@ def scaled_copies(x_NCHW: Tensor, coef_NK: Tensor) -> Tensor:
         ValueError: shapes, types or devices do not belong together, or one sample's copies have 2**31 elements or more.
     """
     check_values("x_NCHW", x_NCHW, 4)
-    if coef_NK.dim() != 2 or coef_NK.size(1) < 1:
-        raise ValueError(f"coef_NK must have 2 dimensions and an expert, has shape {tuple(coef_NK.shape)}.")
+    check_values("coef_NK", coef_NK, 2)
     check_companion("coef_NK", coef_NK, (x_NCHW.size(0), coef_NK.size(1)), "x_NCHW", x_NCHW)
-    check_span("the result", x_NCHW.unsqueeze(1).expand(-1, coef_NK.size(1), -1, -1, -1))
+    check_stack("coef_NK", coef_NK, coef_NK.size(1))
+    copies_NKCHW = x_NCHW.unsqueeze(1).expand(-1, coef_NK.size(1), -1, -1, -1)
+    check_stack("x_NCHW, copied for every coefficient,", copies_NKCHW, coef_NK.size(1))
     return _scaled_copies(x_NCHW, coef_NK.float())
 
 
@@ -168,7 +169,7 @@ def _numba_backward(grad_NPKC, coef_NK, x_NPC, grad_x_NPC, grad_coef_SK, pieces)
 
 
 def _cpu_forward(x_NCHW: Tensor, coef_NK: Tensor, out_NKCHW: Tensor) -> None:
-    tensors = as_pixels(x_NCHW), coef_NK.contiguous(), as_rows(out_NKCHW)
+    tensors = as_pixels(x_NCHW), coef_NK, as_rows(out_NKCHW)
     _numba_forward(*[as_array(tensor) for tensor in tensors], pieces_of(tensors[0].size(1)))
 
 
@@ -176,7 +177,7 @@ def _cpu_backward(grad_NKCHW: Tensor, coef_NK: Tensor, x_NCHW: Tensor, grad_x_NC
     grad_NPKC = as_rows(grad_NKCHW).contiguous()
     n, p, k, _ = grad_NPKC.shape
     grad_coef_NSK = torch.empty((n, pieces_of(p), k))
-    tensors = grad_NPKC, coef_NK.contiguous(), as_pixels(x_NCHW), as_pixels(grad_x_NCHW), grad_coef_NSK.view(-1, k)
+    tensors = grad_NPKC, coef_NK, as_pixels(x_NCHW), as_pixels(grad_x_NCHW), grad_coef_NSK.view(-1, k)
     _numba_backward(*[as_array(tensor) for tensor in tensors], pieces_of(p))
     return grad_coef_NSK.sum(dim=1)
 
@@ -202,7 +203,7 @@ def _scaled_copies_backward(grad_NKCHW: Tensor, coef_NK: Tensor, x_NCHW: Tensor)
         return grad_x_NCHW.to(x_NCHW.dtype), grad_coef_NK
     grad_x_NCHW = empty_map(grad_NKCHW)
     if not grad_x_NCHW.numel():
-        return grad_x_NCHW, torch.zeros_like(coef_NK)
+        return grad_x_NCHW, torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(x_NCHW) else _cpu_backward
     return grad_x_NCHW, backward(grad_NKCHW, coef_NK.contiguous(), x_NCHW, grad_x_NCHW)
 

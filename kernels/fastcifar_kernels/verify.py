@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -44,6 +45,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAKES = 4
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
+statistics = sys.modules["fastcifar_kernels.batch_statistics"]
 
 # N, K, C, H, W: ragged everywhere, single samples and experts, channels below, at and above a block.
 SMALL = (
@@ -115,24 +117,27 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     maps = {"y": y_NKCHW, "coef": coef_NK, "grad": out_grad_NCHW.contiguous(memory_format=torch.channels_last)}
     plain = {"y": y_NKCHW.contiguous(), "coef": coef_NK, "grad": out_grad_NCHW, "residual": residual_NCHW}
     typed = ("x", "y", "residual", "grad", "w")
-    for variant, tensors in {"": maps, "residual": {**maps, "residual": last}, "NCHW": plain}.items():
+    variants = {"": maps, "gaps": maps, "residual": {**maps, "residual": last}, "NCHW": plain}
+    for variant, tensors in variants.items():
         yield Case("weighted_sum", shape, variant, tensors, typed, call_weighted_sum)
 
     x_NCHW, copies_grad_NKCHW = normal(n, c, h, w), normal(n, h, w, k, c).permute(0, 3, 4, 1, 2)
     copied = {"x": x_NCHW.contiguous(memory_format=torch.channels_last), "coef": coef_NK, "grad": copies_grad_NKCHW}
     yield Case("scaled_copies", shape, "", copied, typed, call_scaled_copies)
+    yield Case("scaled_copies", shape, "gaps", copied, typed, call_scaled_copies)
     copied = {"x": x_NCHW, "coef": coef_NK, "grad": copies_grad_NKCHW.contiguous()}
     yield Case("scaled_copies", shape, "NCHW", copied, typed, call_scaled_copies)
 
     # Means far from 0 and different for every channel, some of a deviation near 0.
     y_NKCHW = y_NKCHW * (0.1 + normal(1, k, c, 1, 1).abs()) + 4 * normal(1, k, c, 1, 1)
     yield Case("batch_statistics", shape, "", {"y": y_NKCHW}, typed, call_batch_statistics)
+    yield Case("batch_statistics", shape, "gaps", {"y": y_NKCHW}, typed, call_batch_statistics)
     yield Case("batch_statistics", shape, "NCHW", {"y": y_NKCHW.contiguous()}, typed, call_batch_statistics)
 
     norm = {"weight": normal(k, c).float(), "bias": normal(k, c).float()}
     norm |= {"running_mean": normal(k, c).float(), "running_var": normal(k, c).float().square() + 0.1}
     maps, plain = maps | norm | {"y": y_NKCHW}, plain | norm | {"y": y_NKCHW.contiguous()}
-    variants = {"eval": (maps, False)}
+    variants = {"eval": (maps, False), "gaps": (maps, False)}
     if n * h * w > 1:
         variants |= {"": (maps, True), "residual": ({**maps, "residual": last}, True), "NCHW": (plain, True)}
     for variant, (tensors, training) in variants.items():
@@ -144,6 +149,7 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     lying = w_KOIHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     filters = {"w": w_KOIHW, "coef": coef_NK, "grad": normal(n, *w_KOIHW.shape[1:])}
     yield Case("aggregate_weights", shape, "", filters, typed, call_aggregate_weights)
+    yield Case("aggregate_weights", shape, "gaps", filters, typed, call_aggregate_weights)
     yield Case("aggregate_weights", shape, "channels-last", filters | {"w": lying}, typed, call_aggregate_weights)
     masters = filters | {"w": w_KOIHW.float()}
     yield Case("aggregate_weights", shape, "float32 filters", masters, ("grad",), call_aggregate_weights)
@@ -192,7 +198,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
         given["grad"] = away_from_kinks(given, training=case.call is call_training)
     faults = []
     with guarding() as guard:
-        inside = {name: guard.copy(tensor) for name, tensor in given.items()}
+        gap = 1 if case.variant == "gaps" else 0
+        inside = {name: guard.copy(tensor, gap) for name, tensor in given.items()}
         found = results(case, "kernel", inside)
         # The interpreter runs one program after the other: a second run could teach nothing.
         again = found if knobs.runtime.interpret else results(case, "kernel", inside)
@@ -276,16 +283,28 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def verify(device: str, shapes: tuple[tuple[int, ...], ...], ops: list[str] | None) -> Iterator[Row]:
-    """Every case of these shapes; small ones also with few programs, so that each walks several pieces."""
+    """Every case of these shapes; plain ones also with few programs, so that each walks several pieces and tiles."""
     for shape in shapes:
         for case in cases(shape, device):
             if ops and case.op not in ops:
                 continue
-            for dtype in DTYPES:
+            for dtype in DTYPES if case.variant != "gaps" else DTYPES[:1]:
                 yield judge(case, dtype)
             if not case.variant:
-                with mock.patch.object(tiles, "PROGRAMS", 2), mock.patch.object(aggregation, "PROGRAMS", 2):
-                    yield replace(judge(case, torch.float32), variant="few programs")
+                for programs in (2, 3 * shape[1] * -(-shape[2] // 128)):  # for all, or for every expert and channel
+                    with few_programs(programs):
+                        yield replace(judge(case, torch.float32), variant=f"{programs} programs")
+
+
+@contextmanager
+def few_programs(programs: int) -> Iterator[None]:
+    """Cut the work as if a GPU were full with so many, and merge what they leave two by two."""
+    with (
+        mock.patch.object(tiles, "PROGRAMS", programs),
+        mock.patch.object(aggregation, "PROGRAMS", programs),
+        mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
+    ):
+        yield
 
 
 def report(title: str, rows: Iterator[Row]) -> bool:

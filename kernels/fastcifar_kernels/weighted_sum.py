@@ -27,7 +27,7 @@ from fastcifar_kernels.layout import (
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, narrow, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
 
-EXPERTS_AT_ONCE = 4  # in the backward kernel, which keeps a running sum for each element of their tiles
+EXPERTS_AT_ONCE = 2  # in the backward kernel, which keeps a running sum for each element of their tiles
 
 
 def weighted_sum_reference(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None = None) -> Tensor:
@@ -176,7 +176,7 @@ def _numba_backward(y_NPKC, coef_NK, grad_NPC, grad_y_NPKC, grad_coef_SK, pieces
 def _cpu_forward(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None, out_NCHW: Tensor) -> None:
     y_NPKC = as_rows(y_NKCHW).contiguous()
     residual_NPC = y_NPKC.new_empty(0, 0, 0) if residual_NCHW is None else as_pixels(residual_NCHW)
-    tensors = y_NPKC, coef_NK.contiguous(), residual_NPC, as_pixels(out_NCHW)
+    tensors = y_NPKC, coef_NK, residual_NPC, as_pixels(out_NCHW)
     _numba_forward(*[as_array(tensor) for tensor in tensors], pieces_of(y_NPKC.size(1)))
 
 
@@ -184,7 +184,7 @@ def _cpu_backward(y_NKCHW: Tensor, coef_NK: Tensor, grad_NCHW: Tensor, grad_y_NK
     y_NPKC = as_rows(y_NKCHW).contiguous()
     n, p, k, _ = y_NPKC.shape
     grad_coef_NSK = torch.empty((n, pieces_of(p), k))
-    tensors = y_NPKC, coef_NK.contiguous(), as_pixels(grad_NCHW), as_rows(grad_y_NKCHW), grad_coef_NSK.view(-1, k)
+    tensors = y_NPKC, coef_NK, as_pixels(grad_NCHW), as_rows(grad_y_NKCHW), grad_coef_NSK.view(-1, k)
     _numba_backward(*[as_array(tensor) for tensor in tensors], pieces_of(p))
     return grad_coef_NSK.sum(dim=1)
 
@@ -200,7 +200,7 @@ def _weighted_sum(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None
     out_NCHW = empty_map(y_NKCHW)
     if out_NCHW.numel():
         forward = _triton_forward if runs_triton(y_NKCHW) else _cpu_forward
-        forward(y_NKCHW, coef_NK, residual_NCHW, out_NCHW)
+        forward(y_NKCHW, coef_NK.contiguous(), residual_NCHW, out_NCHW)
     return out_NCHW
 
 
@@ -211,9 +211,9 @@ def _weighted_sum_backward(y_NKCHW: Tensor, coef_NK: Tensor, grad_NCHW: Tensor) 
         return grad_y_NKCHW.to(y_NKCHW.dtype), grad_coef_NK
     grad_y_NKCHW = empty_experts(y_NKCHW)
     if not grad_y_NKCHW.numel():
-        return grad_y_NKCHW, torch.zeros_like(coef_NK)
+        return grad_y_NKCHW, torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(y_NKCHW) else _cpu_backward
-    return grad_y_NKCHW, backward(y_NKCHW, coef_NK, grad_NCHW, grad_y_NKCHW)
+    return grad_y_NKCHW, backward(y_NKCHW, coef_NK.contiguous(), grad_NCHW, grad_y_NKCHW)
 
 
 @_weighted_sum.register_fake
@@ -223,7 +223,7 @@ def _(y_NKCHW, coef_NK, residual_NCHW):
 
 @_weighted_sum_backward.register_fake
 def _(y_NKCHW, coef_NK, grad_NCHW):
-    return empty_experts(y_NKCHW), torch.empty_like(coef_NK)
+    return empty_experts(y_NKCHW), torch.empty(coef_NK.shape, device=coef_NK.device)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -152,7 +152,7 @@ def test_autocast_computes_in_bfloat16_and_leaves_float32_gradients(form, norm):
         out_NOHW = block(images())
     assert out_NOHW.dtype == torch.bfloat16
     out_NOHW.float().square().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in block.parameters())
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in block.parameters())
     expected = block(images())
     assert float((out_NOHW.float() - expected).abs().max()) < 0.05 * float(expected.abs().max())
 
