@@ -160,8 +160,9 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 90")
     chosen = parser.parse_args()
     print(f"triton {triton.__version__}; loads and stores: bits of one access x how many in the program")
-    line = "{:>5} {:40} {:9} {:20} {:>9} {:>7} {:>6}  {:28} {}"
+    line = "{:>6} {:40} {:9} {:20} {:>9} {:>7} {:>6}  {:28} {}"
     print(line.format("arch", "kernel", "dtype", "N, K, C, H, W", "registers", "spilled", "shared", "loads", "stores"))
+    printed = set()
     for arch in chosen.arch:
         for shape in SHAPES:
             for dtype in DTYPES:
@@ -169,7 +170,10 @@ def main() -> None:
                     widths = [" ".join(f"{bits}x{count}" for bits, count in w.items()) for w in (row.loads, row.stores)]
                     numbers = row.registers, row.spilled_bytes, row.shared_bytes
                     size = ", ".join(map(str, shape))
-                    print(line.format(f"sm_{arch}", row.kernel.strip("_"), row.dtype, size, *numbers, *widths))
+                    text = line.format(f"sm_{arch}", row.kernel.strip("_"), row.dtype, size, *numbers, *widths)
+                    if text not in printed:  # some are launched in several ways that compile to the same
+                        print(text)
+                    printed.add(text)
 
 
 if __name__ == "__main__":
