@@ -184,7 +184,8 @@ def _aggregate_weights(w_KOIHW: Tensor, coef_NK: Tensor, dtype: torch.dtype) -> 
     out_NOIHW = _empty(len(coef_NK), w_KOIHW, dtype)
     if out_NOIHW.numel():
         forward = _triton_forward if runs_triton(w_KOIHW) else _cpu_forward
-        forward(_as_rows(w_KOIHW, w_KOIHW), coef_NK.contiguous(), _as_rows(out_NOIHW, w_KOIHW))
+        with torch.cuda.device_of(w_KOIHW):
+            forward(_as_rows(w_KOIHW, w_KOIHW), coef_NK.contiguous(), _as_rows(out_NOIHW, w_KOIHW))
     return out_NOIHW
 
 
@@ -195,7 +196,8 @@ def _aggregate_weights_backward(w_KOIHW: Tensor, coef_NK: Tensor, grad_NOIHW: Te
         return grad_w_KOIHW.zero_(), torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(w_KOIHW) else _cpu_backward
     w_KM, grad_NM = _as_rows(w_KOIHW, w_KOIHW), _as_rows(grad_NOIHW, w_KOIHW)
-    grad_w_KM, grad_coef_NK = backward(w_KM, coef_NK.contiguous(), grad_NM)
+    with torch.cuda.device_of(w_KOIHW):
+        grad_w_KM, grad_coef_NK = backward(w_KM, coef_NK.contiguous(), grad_NM)
     _as_rows(grad_w_KOIHW, w_KOIHW).copy_(grad_w_KM)
     return grad_w_KOIHW, grad_coef_NK
 

@@ -177,7 +177,8 @@ def _batch_statistics(y_NKCHW: Tensor) -> tuple[Tensor, Tensor]:
     if computes_in_float32(y_NKCHW):
         return _batch_statistics(y_NKCHW.float())
     mean_KC, variance_KC = _empty_statistics(y_NKCHW)
-    (_triton_statistics if runs_triton(y_NKCHW) else _cpu_statistics)(y_NKCHW, mean_KC, variance_KC)
+    with torch.cuda.device_of(y_NKCHW):
+        (_triton_statistics if runs_triton(y_NKCHW) else _cpu_statistics)(y_NKCHW, mean_KC, variance_KC)
     return mean_KC, variance_KC
 
 

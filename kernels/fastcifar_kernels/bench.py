@@ -7,7 +7,6 @@ the bandwidth with which this device copies, measured in the same run.
 """
 
 import json
-import math
 import platform
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from fastcifar_kernels import verify
 
@@ -46,8 +46,8 @@ UNITS: dict[str, Callable[[int, int], tuple[float, float]]] = {
 }
 
 
-def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """One row for each operator, pass, shape and candidate.
+def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
+    """For each operator, shape and pass, one row for each candidate: kernel, eager and, if it can compile, compiled.
 
     Raises:
         ArithmeticError: an operator does not pass its verification; nothing is timed then.
@@ -64,25 +64,20 @@ def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -
                 if direction == "backward" and case.op == "batch_statistics":
                     continue
                 size = UNITS[case.op](*shape[:2])[i] * unit_bytes(case.op, given)
-                for name, times in times_s.items():
-                    chosen = [both[i] for both in times]
-                    low, median, high = quantiles(chosen)
-                    gb_per_s = size / median / 1e9
-                    yield {
+                yield [
+                    {
                         "op": case.op,
                         "pass": direction,
                         "shape_NKCHW": list(shape),
                         "dtype": str(dtype)[6:],
                         "candidate": name,
-                        "median_s": median,
-                        "p20_s": low,
-                        "p80_s": high,
+                        **quantiles([both[i] for both in times]),
                         "bytes": size,
-                        "gb_per_s": gb_per_s,
-                        "share_of_copy": gb_per_s / copy_gb_per_s,
                         "copy_gb_per_s": copy_gb_per_s,
                         "peak_memory_bytes": peaks[name],
                     }
+                    for name, times in times_s.items()
+                ]
 
 
 def gate(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -99,17 +94,14 @@ def unit_bytes(op: str, given: dict[str, Tensor]) -> int:
     """The size of one map, or of one set of filters."""
     if op == "scaled_copies":
         return given["x"].nbytes
-    return (
-        given["w"].nbytes // given["w"].size(0)
-        if op == "aggregate_weights"
-        else given["y"].nbytes // given["y"].size(1)
-    )
+    stack = given["w"] if op == "aggregate_weights" else given["y"]
+    return stack.nbytes // stack.size(0 if op == "aggregate_weights" else 1)
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
+def quantiles(times_s: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    tenths = statistics.quantiles(times_s, n=10, method="inclusive")
+    return {"median_s": statistics.median(times_s), "p20_s": tenths[1], "p80_s": tenths[7]}
 
 
 # Timing
@@ -128,6 +120,10 @@ def measure(case: verify.Case, given: dict[str, Tensor], device: str) -> tuple[d
         "eager": lambda: case.call("reference", given),
         "compiled": lambda: compiled(given),
     }
+    try:
+        candidates["compiled"]()
+    except BackendCompilerFailed:  # no C++ compiler on this machine
+        del candidates["compiled"]
     times_s: dict[str, list] = {name: [] for name in candidates}
     peaks: dict[str, int | None] = dict.fromkeys(candidates)
     cold = torch.empty(COLD_BYTES if device == "cuda" else 0, dtype=torch.uint8, device=device)
@@ -218,32 +214,36 @@ def run(out: Path | None, commit: str | None, dtype: torch.dtype = torch.bfloat1
     }
     title = "Triton kernels" if gpu else "numba loops (the Triton kernels need a GPU: not measured)"
     print(f"{title} on {facts['device']}, torch {facts['torch']}, triton {facts['triton']}")
-    line = "{:22} {:9} {:22} {:>10} {:>10} {:>10} {:>9} {:>9} {:>8} {:>7}"
+    line = "{:22} {:9} {:22} {:>10} {:>10} {:>10} {:>9} {:>10} {:>6} {:>8}"
     heads = "kernel ms", "eager ms", "compiled", "x eager", "x compiled", "GB/s", "of copy"
     print(line.format("operator", "pass", "N, K, C, H, W", *heads))
-    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    found, text = {}, []
+    gains: dict[tuple[str, str, str], list[float]] = {}
+    text = []
     try:
-        for row in rows(device, GPU_SHAPES if gpu else CPU_SHAPES, dtype):
-            text.append(json.dumps(row | facts))
-            found[row["candidate"]] = row
-            if len(found) < 3:
-                continue
-            kernel, eager, compiled = (found[name] for name in ("kernel", "eager", "compiled"))
-            gains = eager["median_s"] / kernel["median_s"], compiled["median_s"] / kernel["median_s"]
-            ratios.setdefault((row["op"], row["pass"]), []).append(gains)
-            times = [f"{one['median_s'] * 1e3:.3f}" for one in (kernel, eager, compiled)]
-            rates = f"{gains[0]:.2f}", f"{gains[1]:.2f}", f"{kernel['gb_per_s']:.0f}", f"{kernel['share_of_copy']:.0%}"
+        for group in rows(device, GPU_SHAPES if gpu else CPU_SHAPES, dtype):
+            text += [json.dumps(row | facts) for row in group]
+            row, times_s = group[0], {row["candidate"]: row["median_s"] for row in group}
+            milliseconds, ratios = [], []
+            for name in ("kernel", "eager", "compiled"):
+                measured = name in times_s
+                milliseconds.append(f"{times_s[name] * 1e3:.3f}" if measured else "-")
+                if name != "kernel":
+                    ratios.append(f"{times_s[name] / times_s['kernel']:.2f}" if measured else "-")
+                    if measured:
+                        key = row["op"], row["pass"], name
+                        gains.setdefault(key, []).append(times_s[name] / times_s["kernel"])
+            gb_per_s = row["bytes"] / times_s["kernel"] / 1e9
+            rates = f"{gb_per_s:.0f}", f"{gb_per_s / row['copy_gb_per_s']:.0%}"
             shape = ", ".join(map(str, row["shape_NKCHW"]))
-            print(line.format(row["op"], row["pass"], shape, *times, *rates), flush=True)
-            found = {}
+            print(line.format(row["op"], row["pass"], shape, *milliseconds, *ratios, *rates), flush=True)
     except ArithmeticError as error:
         print(error, file=sys.stderr)
         return 1
     print("\nGeometric means over the shapes:")
-    for (op, direction), gains in ratios.items():
-        means = [math.exp(statistics.fmean(math.log(gain) for gain in column)) for column in zip(*gains, strict=True)]
-        print(f"{op:22} {direction:9} {means[0]:.2f} x eager, {means[1]:.2f} x compiled")
+    for (op, direction, name), values in gains.items():
+        print(f"{op:22} {direction:9} {statistics.geometric_mean(values):.2f} x {name}")
+    if not any(name == "compiled" for *_, name in gains):
+        print("Compiled PyTorch was not measured: torch.compile found no C++ compiler.")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("\n".join(text) + "\n")

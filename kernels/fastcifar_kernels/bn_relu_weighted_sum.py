@@ -2,12 +2,12 @@
 
 Traffic in units of N * P * C elements. Forward: reads K for the batch statistics (none in eval mode), then K (and 1 for
 a residual), writes 1. Backward: reads K + 1 for the sums that all gradients share, then K + 1, and writes K. Nothing of
-size K is kept or written but the gradient of y. Eager PyTorch writes K four times on the way forward alone.
+size K is kept or written but the gradient of y. Eager PyTorch writes K three times on the way forward alone.
 
 With z = y - mean, scale = weight / std, a = scale * z + bias, and h = coef * grad where a > 0, else 0:
     grad of coef = sum of grad * relu(a)      grad of bias = sum of h      grad of weight = sum of h * z / std
     grad of y    = scale * (h - (grad of bias + z / std * grad of weight) / (N * P)); in eval mode scale * h
-The mean is subtracted first: scale * y + shift would save a register but lose what y and the mean have in common.
+The mean is subtracted first: scale * y + shift would take fewer registers but lose what y and the mean have in common.
 """
 
 # numba and triton change what their decorators wrap:
@@ -36,8 +36,8 @@ from fastcifar_kernels.layout import (
 from fastcifar_kernels.loops import PIECE_PIXELS, as_array, narrow, pieces_of, widen
 from fastcifar_kernels.tiles import bounds, cut, place, walk
 
-# In the backward kernels. Two experts keep a thread at 128 registers; four would need over 200, too few threads to hide
-# the memory's latency. The gradient is then read once for every two experts, the second time from the cache.
+# In the backward kernels. Two experts take 120 to 160 registers of a thread; four would take over 200 and leave too few
+# threads to hide the memory's latency. So the gradient is read once for every two experts, the second time from cache.
 EXPERTS_AT_ONCE = 2
 KEPT_EXPERTS = 4  # in the forward kernel: what normalises more of them is loaded again for every tile
 
@@ -433,7 +433,8 @@ def _bn_relu_weighted_sum(
     if out_NCHW.numel():
         forward = _triton_forward if runs_triton(y_NKCHW) else _cpu_forward
         affine = [tensor.contiguous() for tensor in (mean_KC, variance_KC, weight_KC, bias_KC)]
-        forward(y_NKCHW, coef_NK.contiguous(), affine, residual_NCHW, eps, out_NCHW)
+        with torch.cuda.device_of(y_NKCHW):
+            forward(y_NKCHW, coef_NK.contiguous(), affine, residual_NCHW, eps, out_NCHW)
     return out_NCHW
 
 
@@ -459,7 +460,9 @@ def _bn_relu_weighted_sum_backward(
         return grad_y_NKCHW, torch.zeros_like(coef_NK), torch.zeros((2, *mean_KC.shape), device=mean_KC.device)
     backward = _triton_backward if runs_triton(y_NKCHW) else _cpu_backward
     affine = [tensor.contiguous() for tensor in (mean_KC, variance_KC, weight_KC, bias_KC)]
-    return grad_y_NKCHW, *backward(y_NKCHW, coef_NK.contiguous(), affine, grad_NCHW, eps, use_batch, grad_y_NKCHW)
+    with torch.cuda.device_of(y_NKCHW):
+        rest = backward(y_NKCHW, coef_NK.contiguous(), affine, grad_NCHW, eps, use_batch, grad_y_NKCHW)
+    return grad_y_NKCHW, *rest
 
 
 @_bn_relu_weighted_sum.register_fake

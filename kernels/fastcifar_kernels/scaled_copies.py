@@ -192,7 +192,8 @@ def _scaled_copies(x_NCHW: Tensor, coef_NK: Tensor) -> Tensor:
     out_NKCHW = _empty_copies(x_NCHW, coef_NK.size(1))
     if out_NKCHW.numel():
         forward = _triton_forward if runs_triton(x_NCHW) else _cpu_forward
-        forward(x_NCHW, coef_NK.contiguous(), out_NKCHW)
+        with torch.cuda.device_of(x_NCHW):
+            forward(x_NCHW, coef_NK.contiguous(), out_NKCHW)
     return out_NKCHW
 
 
@@ -205,7 +206,8 @@ def _scaled_copies_backward(grad_NKCHW: Tensor, coef_NK: Tensor, x_NCHW: Tensor)
     if not grad_x_NCHW.numel():
         return grad_x_NCHW, torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(x_NCHW) else _cpu_backward
-    return grad_x_NCHW, backward(grad_NKCHW, coef_NK.contiguous(), x_NCHW, grad_x_NCHW)
+    with torch.cuda.device_of(x_NCHW):
+        return grad_x_NCHW, backward(grad_NKCHW, coef_NK.contiguous(), x_NCHW, grad_x_NCHW)
 
 
 @_scaled_copies.register_fake

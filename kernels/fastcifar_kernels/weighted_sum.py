@@ -200,7 +200,8 @@ def _weighted_sum(y_NKCHW: Tensor, coef_NK: Tensor, residual_NCHW: Tensor | None
     out_NCHW = empty_map(y_NKCHW)
     if out_NCHW.numel():
         forward = _triton_forward if runs_triton(y_NKCHW) else _cpu_forward
-        forward(y_NKCHW, coef_NK.contiguous(), residual_NCHW, out_NCHW)
+        with torch.cuda.device_of(y_NKCHW):
+            forward(y_NKCHW, coef_NK.contiguous(), residual_NCHW, out_NCHW)
     return out_NCHW
 
 
@@ -213,7 +214,8 @@ def _weighted_sum_backward(y_NKCHW: Tensor, coef_NK: Tensor, grad_NCHW: Tensor) 
     if not grad_y_NKCHW.numel():
         return grad_y_NKCHW, torch.zeros(coef_NK.shape, device=coef_NK.device)
     backward = _triton_backward if runs_triton(y_NKCHW) else _cpu_backward
-    return grad_y_NKCHW, backward(y_NKCHW, coef_NK.contiguous(), grad_NCHW, grad_y_NKCHW)
+    with torch.cuda.device_of(y_NKCHW):
+        return grad_y_NKCHW, backward(y_NKCHW, coef_NK.contiguous(), grad_NCHW, grad_y_NKCHW)
 
 
 @_weighted_sum.register_fake

@@ -154,7 +154,7 @@ def test_autocast_computes_in_bfloat16_and_leaves_float32_gradients(form, norm):
     out_NOHW.float().square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in block.parameters())
     expected = block(images())
-    assert float((out_NOHW.float() - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    assert (out_NOHW.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_two_uses_before_one_backward_add_up():
