@@ -163,6 +163,10 @@ def _bn_relu_weighted_sum_fwd_kernel(
     first, end = walk(all_pieces, pieces_per_program)
     for piece in range(first, end):
         n, start, stop = bounds(piece, pieces, piece_pixels, pixels)
+        coefs = ()
+        if KEEP:
+            for k in tl.static_range(EXPERTS):
+                coefs += (tl.load(coef_ptr + n * EXPERTS + k),)
         for p0 in range(start, stop, BLOCK_P):
             p = p0 + p_P1
             inside = (p < pixels) & (c_1C < channels)
@@ -173,8 +177,7 @@ def _bn_relu_weighted_sum_fwd_kernel(
             y_tile_ptr = y_ptr + n * y_stride_n + p * y_stride_p + c_1C
             if KEEP:
                 for k in tl.static_range(EXPERTS):
-                    coef = tl.load(coef_ptr + n * EXPERTS + k)
-                    out_PC += _term(y_tile_ptr + k * y_stride_k, inside, coef, affine[k])
+                    out_PC += _term(y_tile_ptr + k * y_stride_k, inside, coefs[k], affine[k])
             else:
                 for k in range(EXPERTS):
                     parts = _affine(mean_ptr, variance_ptr, weight_ptr, bias_ptr, k, c_1C, channels, eps)

@@ -79,7 +79,7 @@ TRITON = (
      "(tl.load(y_tile_ptr, inside, 0) - mean_1C)", "tl.load(y_tile_ptr, inside, 0)", BN),
     ("no ReLU", "bn_relu_weighted_sum.py", "tl.where(a_PC <= 0, 0.0, a_PC)", "a_PC", BN),
     ("residual dropped, with BatchNorm", "bn_relu_weighted_sum.py", "if RESIDUAL:", "if False:", BN),
-    ("all normalised as the first expert", "bn_relu_weighted_sum.py", "coef, affine[k])", "coef, affine[0])", BN),
+    ("all normalised as the first expert", "bn_relu_weighted_sum.py", "coefs[k], affine[k])", "coefs[k], affine[0])", BN),
     ("no mask on the store, with BatchNorm", "bn_relu_weighted_sum.py",
      "tl.store(out_ptr + at_PC, out_PC, inside)", "tl.store(out_ptr + at_PC, out_PC)", BN),
     ("mask of the ReLU turned over", "bn_relu_weighted_sum.py",
