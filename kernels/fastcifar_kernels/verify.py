@@ -220,6 +220,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
             faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
         plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
         allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
+        if not math.isfinite(allowed):
+            faults.append(f"{name} cannot be judged: plain torch overflows")
         compared.append((name, distance(found[name], truth[name]), allowed))
     name, error, allowed = max(compared, key=lambda entry: math.inf if math.isnan(entry[1]) else entry[1] / entry[2])
     return Row(case.op, case.shape, case.variant, str(dtype)[6:], name, error, allowed, ", ".join(faults))

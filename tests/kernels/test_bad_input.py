@@ -313,6 +313,13 @@ def test_maps_may_lie_apart_with_nan_in_between(operator):
         assert torch.equal(*one, *other)
 
 
+def test_a_sample_that_ends_just_below_2_to_the_31_is_refused_too():
+    """Its last tile would reach beyond, where 32 bits turn negative."""
+    y_NKCHW = torch.zeros(1).expand(1, 1, 1, 2**16 - 1, 2**15)
+    with pytest.raises(ValueError, match=r"2,147,450,880 elements a sample: 2\*\*31 are too many"):
+        weighted_sum(y_NKCHW, torch.zeros(1, 1))
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the run that the test starts")
 def test_all_of_this_holds_for_the_interpreted_kernels_too():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
