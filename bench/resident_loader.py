@@ -19,10 +19,10 @@ threads = set_threads()
 
 import torch  # noqa: E402
 
-from fastcifar.data import augment as aug  # noqa: E402
-from fastcifar.data.resident import PLAIN  # noqa: E402
 from fastcifar.display import Display  # noqa: E402
 from fastcifar.job import Job  # noqa: E402
+from fastcifar.loaders import augment as aug  # noqa: E402
+from fastcifar.loaders.resident import PLAIN  # noqa: E402
 from fastcifar.recipes import RECIPES, Augment  # noqa: E402
 from fastcifar.report import processor  # noqa: E402
 from fastcifar.run import source_commit  # noqa: E402

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from fastcifar import __version__, process
-from fastcifar.data import augment
 from fastcifar.data.dataset import Split
 from fastcifar.data.download import import_torchvision
-from fastcifar.data.resident import ResidentLoader
+from fastcifar.loaders import augment
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.recipes import Augment
 from fastcifar.report import processor
 from fastcifar.result import installed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.data.resident import ResidentLoader
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.recipes import Tta
 
 CONFUSIONS = 10  # pairs of classes worth naming

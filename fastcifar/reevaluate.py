@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from fastcifar.data.resident import ResidentLoader
 from fastcifar.devices import pick_device
 from fastcifar.display import Display
 from fastcifar.errors import UsageError
 from fastcifar.evaluate import evaluate, top_confusions
 from fastcifar.job import Job
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.run import RunFolder
 from fastcifar.setup import EVALUATION_BATCH, build_model, open_dataset
 

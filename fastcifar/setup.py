@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from fastcifar.budget import guess_cost
 from fastcifar.data import source
 from fastcifar.data.dataset import Dataset, Split
-from fastcifar.data.resident import ResidentLoader
 from fastcifar.devices import pick_device, synchronize
 from fastcifar.display import Display
 from fastcifar.errors import DataMissing, UsageError
 from fastcifar.evaluate import predict
 from fastcifar.job import HELD_OUT, Job
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.recipes import Recipe

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastcifar.data.dataset import Split
-from fastcifar.data.resident import ResidentLoader
 from fastcifar.evaluate import accuracy, evaluate, predict, predict_views, scores, top_confusions
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.recipes import Tta
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fastcifar.data import augment as aug
+from fastcifar.loaders import augment as aug
 from fastcifar.recipes import Augment
 
 IMAGES_NHWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))

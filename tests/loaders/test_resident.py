@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcifar.data.dataset import Split
-from fastcifar.data.resident import ResidentLoader
+from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.recipes import Augment
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastcifar.data import augment as aug
 from fastcifar.data.dataset import Split
+from fastcifar.loaders import augment as aug
 from fastcifar.recipes import Augment
 
 PLAIN = Augment(crop_px=0, flip="none")
