@@ -22,6 +22,7 @@ from fastcifar.data.dataset import SPLITS, Dataset, Progress, Raw, Split, pixel_
 from fastcifar.data.digest import combine, first_difference, image_digests
 from fastcifar.data.known import OFFICIAL, Official
 from fastcifar.data.official import ARCHIVE_ENDINGS, read_archive, read_folder
+from fastcifar.data.pack import find_pack, holds_pack_files, read_pack
 from fastcifar.data.parquet import list_parquet_files, read_parquet
 from fastcifar.data.png_tree import is_png_tree, list_pngs, read_png_tree
 from fastcifar.errors import DataError, UsageError
@@ -170,14 +171,18 @@ def _locate_or_explain(official: Official, path: Path, flag: str, command: str) 
         source = _locate(official, path)
         if source is not None:
             return _with_hint(source, command)
-        for other in OFFICIAL.values():
-            if _locate_official(other, path):
-                hint = f"fastcifar data prepare --dataset {other.name} --data {shlex.quote(str(path))}"
-                raise DataError(f"{flag} is {path}, which holds {other.title}, not {official.title}.", hint)
+        others = [other.name for other in OFFICIAL.values() if _locate_official(other, path)]
+        if holds_pack_files(path):
+            others.append(find_pack(path).about["dataset"])
+        if others:
+            title, hint = others[0], f"fastcifar data prepare --dataset {shlex.quote(others[0])}"
+            if title in OFFICIAL:  # shapes10 takes no --data
+                title, hint = OFFICIAL[title].title, f"{hint} --data {shlex.quote(str(path))}"
+            raise DataError(f"{flag} is {path}, which holds {title}, not {official.title}.", hint)
         raise DataError(
             f"{flag} is {path}, which holds no {official.title}. Looked for: {official.archive}; {official.folder} or "
             f"its files ({', '.join(official.files)}); PNGs as train/CLASS/*.png and test/CLASS/*.png; parquet files "
-            "train*.parquet and test*.parquet."
+            "train*.parquet and test*.parquet; a pack of `fastcifar data write`."
         )
 
 
@@ -193,6 +198,8 @@ def _locate(official: Official, path: Path) -> Source | None:
         return Source("PNG tree", path, [file for s in SPLITS for file in list_pngs(path, s)], read_png_tree)
     if files := list_parquet_files(path):
         return Source("parquet files in", path, files, read_parquet)
+    if holds_pack_files(path) and (pack := find_pack(path)).about["dataset"] == official.name:
+        return Source(f"{pack.format.upper()} files in", path, pack.files, read_pack)
     return None
 
 
