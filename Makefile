@@ -5,12 +5,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test check setup clean
+.PHONY: train test check setup loaders clean
+.NOTPARALLEL: # one pip at a time in .venv
 
 train: setup
 	$(BIN)/fastcifar train --budget 5min --fallback-dataset shapes10
 
 test: setup
+	@$(MAKE) --no-print-directory --keep-going loaders || echo "make test: going on; the tests of a loader that is not installed are skipped."
 	$(BIN)/python -m pytest
 
 check: setup
@@ -23,6 +25,30 @@ setup: .venv/ready
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv --without-pip .venv
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[dev]'
+	touch $@
+
+# What `--loader dali` and `--loader ffcv` need on top; nothing else does.
+loaders: .venv/dali .venv/ffcv
+
+.venv/dali: .venv/ready
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[dali]'
+	$(BIN)/python -c 'import nvidia.dali.fn'
+	touch $@
+
+# FFCV comes as source only. If the headers that it includes are missing, root gets them here, others are told how to.
+FFCV_PACKAGES := g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev
+.venv/ffcv: .venv/ready
+	@include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	{ printf '#include <%s>\n' Python.h opencv2/opencv.hpp turbojpeg.h | \
+		g++ -x c++ -fsyntax-only -I "$$include" $$(pkg-config --cflags opencv4 libturbojpeg) -; } 2>/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "apt-get install $(FFCV_PACKAGES)" && \
+		apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qqy install --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || \
+	{ echo "--loader ffcv, and nothing else, needs packages that are not installed. Debian, Ubuntu:"; \
+		echo "    sudo apt-get install $(FFCV_PACKAGES)"; \
+		echo "Fedora: sudo dnf install gcc-c++ python3-devel 'pkgconfig(opencv4)' 'pkgconfig(libturbojpeg)'"; exit 1; }
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[ffcv]'
+	$(BIN)/python -c 'import ffcv'
 	touch $@
 
 clean:
