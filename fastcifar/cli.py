@@ -21,6 +21,7 @@ from fastcifar.job import Job
 from fastcifar.recipes import SUMMARIES, Recipe, find_recipe
 
 DATASETS = Literal["cifar10", "cifar100", "shapes10"]
+LOADERS = Literal["resident", "ffcv", "dali", "torch"]
 DEFAULT_RECIPE = "speed"
 
 
@@ -102,7 +103,8 @@ def evaluate(chosen: Namespace, started_s: float) -> int:
     from fastcifar.reevaluate import reevaluate
 
     job = saved_job(chosen.run)
-    result = reevaluate(chosen.run, replace(job, data=chosen.data or job.data, device=chosen.device), Display())
+    changed = {name: chosen[name] for name in ("data", "loader", "workers") if chosen[name] is not None}
+    result = reevaluate(chosen.run, replace(job, device=chosen.device, **changed), Display())
     print_evaluation(result)
     if chosen.json:
         print(json.dumps(result))
@@ -113,8 +115,19 @@ def data(chosen: Namespace, started_s: float) -> int:
     from fastcifar.data import source
     from fastcifar.display import Display, print_table
 
+    if (chosen.verb == "write") != (chosen.format is not None) or (chosen.out and chosen.verb != "write"):
+        hint = "fastcifar data write --format ffcv"
+        raise UsageError("`data write` needs a --format, and no other verb of `data` takes --format or --out.", hint)
     display = Display()
     where = chosen.dataset, chosen.data, display.work
+    if chosen.verb == "write":
+        from fastcifar.data.pack import describe_pack, train_command, write_pack
+
+        pack = write_pack(source.load(*where), chosen.format, chosen.out, display.work)
+        display.close()
+        print_table(describe_pack(pack))
+        print(f"\nTrain on it: {train_command(pack)}")  # outside the table, which would break the command in two
+        return EXIT_DONE
     if chosen.verb == "verify":
         findings = source.verify(*where)
         display.close()
@@ -141,10 +154,16 @@ def recipes(chosen: Namespace, started_s: float) -> int:
 
 def bench(chosen: Namespace, started_s: float) -> int:
     prepare_process()
-    from fastcifar.run import source_commit
-    from fastcifar_kernels import bench
+    options = chosen[chosen.subcommand]
+    if chosen.subcommand == "kernels":
+        from fastcifar.run import source_commit
+        from fastcifar_kernels import bench
 
-    return bench.run(chosen.out, source_commit())
+        return bench.run(options.out, source_commit())
+    from fastcifar.benchmarks import loaders
+    from fastcifar.display import Display
+
+    return loaders.run(loaders.job(options.dataset, options.data, options.device), options.out, Display())
 
 
 def verify_kernels(chosen: Namespace, started_s: float) -> int:
@@ -223,7 +242,9 @@ def build_parser(words: list[str]) -> ArgumentParser:
     )
     verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
     verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
-    verbs.add_subcommand("bench", bench_parser(), help="measure: the kernels beside eager and compiled PyTorch")
+    bench = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
+    verbs.add_subcommand("bench", bench, help="measure the kernels or the loaders")
+    add_benchmarks(bench)  # jsonargparse wants a parser to have its place before it gets verbs of its own
     verbs.add_subcommand("verify-kernels", verify_parser(), help="do the kernels agree with float64, on this machine?")
     verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
     return parser
@@ -233,19 +254,26 @@ def eval_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, description="Evaluate a trained run on the test images.")
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--data", type=Path | None, default=None, help="where the data set is, if not where it was")
+    parser.add_argument("--loader", type=LOADERS | None, default=None, help="what reads the images, if not as trained")
+    add_workers_argument(parser)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--json", action="store_true", help="print everything on one line, the last of stdout")
     return parser
 
 
 def data_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description="Prepare, verify or describe a data set.")
+    parser = ArgumentParser(exit_on_error=False, description="Prepare, verify, describe or convert a data set.")
     verbs = (
         "prepare: find or download it and write the cache file; "
-        "verify: compare every image with the official set; info: describe it"
+        "verify: compare every image with the official set; info: describe it; "
+        "write: write it in the format of a loading library"
     )
-    parser.add_argument("verb", type=Literal["prepare", "verify", "info"], help=verbs)
+    parser.add_argument("verb", type=Literal["prepare", "verify", "info", "write"], help=verbs)
     add_data_arguments(parser)
+    parser.add_argument("--format", type=Literal["ffcv", "dali"] | None, default=None, help="write: whose format")
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="write: the folder (default: one in the cache folder)"
+    )
     return parser
 
 
@@ -258,11 +286,18 @@ def recipes_parser() -> ArgumentParser:
     return parser
 
 
-def bench_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
-    parser.add_argument("what", type=Literal["kernels"], help="kernels: each operator, forward and backward")
-    parser.add_argument("--out", type=Path | None, default=None, help="write one JSON line for each row to this file")
-    return parser
+def add_benchmarks(parser: ArgumentParser) -> None:
+    what = parser.add_subcommands()
+    kernels = ArgumentParser(exit_on_error=False, description="Each operator, forward and backward.")
+    kernels.add_argument("--out", type=Path | None, default=None, help="write one JSON line for each row to this file")
+    what.add_subcommand("kernels", kernels, help="the kernels beside eager and compiled PyTorch")
+    loaders = ArgumentParser(exit_on_error=False, description="Images a second of each loader, by number of workers.")
+    add_data_arguments(loaders)
+    loaders.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    loaders.add_argument(
+        "--out", type=Path | None, default=None, help="write a JSON file, and a chart (.png) beside it"
+    )
+    what.add_subcommand("loaders", loaders, help="the loaders beside what a training step takes")
 
 
 def verify_parser() -> ArgumentParser:
@@ -276,8 +311,13 @@ def verify_parser() -> ArgumentParser:
 def add_data_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", type=DATASETS, default="cifar10", help="what to use")
     parser.add_argument(
-        "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree or parquet"
+        "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree, parquet, `data write`"
     )
+
+
+def add_workers_argument(parser: ArgumentParser) -> None:
+    help = "threads or processes that make batches (default: one for each core)"
+    parser.add_argument("--workers", type=int | None, default=None, help=help)
 
 
 def train_parser(words: list[str]) -> ArgumentParser:
@@ -294,7 +334,10 @@ def train_parser(words: list[str]) -> ArgumentParser:
         default=None,
         help="train on this one if the data set is nowhere to be found",
     )
-    parser.add_argument("--loader", type=Literal["resident"], default="resident", help="what feeds the training")
+    parser.add_argument(
+        "--loader", type=Literal[LOADERS, "auto"], default="resident", help="what feeds the training; auto measures"
+    )
+    add_workers_argument(parser)
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     parser.add_argument(

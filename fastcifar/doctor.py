@@ -1,16 +1,20 @@
 """`fastcifar doctor`: what this machine has and what of it works, found out by trying."""
 
 import platform
+import tempfile
+from pathlib import Path
 
 import numba
-import numpy as np
 import torch
 
 from fastcifar import __version__, process
-from fastcifar.data.dataset import Split
+from fastcifar.data import shapes10
 from fastcifar.data.download import import_torchvision
+from fastcifar.data.pack import FORMATS, write_pack
+from fastcifar.errors import UserError
 from fastcifar.loaders import augment
-from fastcifar.loaders.resident import ResidentLoader
+from fastcifar.loaders.feed import LOADERS, Feed, import_loader
+from fastcifar.loaders.loader import Loader
 from fastcifar.recipes import Augment
 from fastcifar.report import processor
 from fastcifar.result import installed
@@ -31,7 +35,7 @@ def examine() -> list[tuple[str, str]]:
         ("threads", f"torch {torch.get_num_threads()}, numba {numba.get_num_threads()}"),
         ("allocator", describe_allocator()),
         *describe_gpus(),
-        ("loader resident", try_resident()),
+        *try_loaders(),
         ("download", try_torchvision()),
         ("parquet files", "can be read" if installed("pyarrow") else "need: pip install 'fastcifar[parquet]'"),
         ("triton kernels", try_triton()),
@@ -62,22 +66,28 @@ def describe_gpus() -> list[tuple[str, str]]:
     return rows
 
 
-def try_resident() -> str:
-    """Make one augmented image both ways."""
-    split = Split(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), np.zeros(4, np.uint8))
-    loader = ResidentLoader(
-        split,
-        batch_size=4,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        augment=Augment(cutout_px=8),
-        shuffle=True,
-    )
-    (x_BCHW, _), ids_B = next(iter(loader.epoch(0))), loader.order(0)
-    draws = augment.draw(loader.augment, 4, 32, 0, 0, "cpu")
-    if not torch.equal(x_BCHW, augment.apply_torch(loader.images_NHWC, ids_B, draws, loader.plain_table)):
-        return "its numba kernel disagrees with plain torch: please report this"
-    return "works; its numba kernel agrees with plain torch"
+def try_loaders() -> list[tuple[str, str]]:
+    """Does each loader that is installed give the batch that plain indexing gives?"""
+    dataset, cpu = shapes10.generate(16, 4), torch.device("cpu")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in LOADERS:
+            try:
+                import_loader(name)
+                pack = write_pack(dataset, name, Path(folder) / name) if name in FORMATS else None
+                feed = Feed(name, dataset, 1, cpu, torch.bfloat16, pack)
+                found = try_loader(feed.loader("train", batch_size=16, shuffle=True, augment=Augment(cutout_px=8)))
+            except UserError as error:
+                found = f"not here: {error.message} Try: {error.hint}"
+            rows.append((f"loader {name}", found))
+    return rows
+
+
+def try_loader(loader: Loader) -> str:
+    images_NHWC, draws, places_B = loader.split.images_NHWC, loader.draws(0, loader.augment), loader.order(0)
+    expected_BCHW = augment.apply_torch(torch.tensor(images_NHWC), places_B, draws.pick(places_B), loader.dtype)
+    ((x_BCHW, _),) = loader.epoch(0)
+    return "works" if torch.equal(x_BCHW, expected_BCHW) else "disagrees with plain torch: please report this"
 
 
 def try_torchvision() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar.loaders.resident import ResidentLoader
+from fastcifar.loaders.loader import Loader
 from fastcifar.recipes import Tta
 
 CONFUSIONS = 10  # pairs of classes worth naming
@@ -65,14 +65,14 @@ def predict_views(model: nn.Module, x_BCHW: Tensor, shift_px: int) -> Tensor:
     return plain_BK / 2 + sum(both_sides(corner) for corner in corners) / 4
 
 
-def evaluate(model: nn.Module, loader: ResidentLoader, classes: int, tta: Tta) -> Evaluation:
+def evaluate(model: nn.Module, loader: Loader, classes: int, tta: Tta) -> Evaluation:
     """Look at every image once, then again with augmentation at the share of them that the model is least sure of."""
     model.eval()
     labels_N = loader.labels_N
     probability_NK = torch.cat([predict(model, x_BCHW) for x_BCHW, _ in loader.epoch(0)])
     plain_N = probability_NK.argmax(1)
     unsure_M = probability_NK.amax(1).topk(round(tta.share * len(labels_N)), largest=False).indices
-    for ids_B in unsure_M.split(loader.batch_size):
+    for ids_B in unsure_M.split(loader.batch_size) if len(unsure_M) else ():
         probability_NK[ids_B] = predict_views(model, loader.take(ids_B), tta.shift_px)
     augmented_N = probability_NK.argmax(1)
     confusion_KK = torch.bincount(labels_N * classes + augmented_N, minlength=classes**2).view(classes, classes)
@@ -98,7 +98,7 @@ def top_confusions(confusion_KK: np.ndarray, names: tuple[str, ...]) -> list[tup
     return [(names[t], names[p], int(wrong_KK[t, p])) for t, p in pairs if wrong_KK[t, p]]
 
 
-def accuracy(model: nn.Module, loader: ResidentLoader) -> float:
+def accuracy(model: nn.Module, loader: Loader) -> float:
     """Share of a loader's images that the model gets right, without test-time augmentation."""
     model.eval()
     hits = sum((predict(model, x_BCHW).argmax(1) == y_B).sum() for x_BCHW, y_B in loader.epoch(0))

@@ -21,6 +21,8 @@ class Job:
         data: where the data set is; None looks in the usual places.
         budget: wall-clock from process start to result.json, such as "5min".
         plan: the knots of an earlier run, which make this one repeat it step by step.
+        loader: what feeds the training (`loaders/feed.py`); "auto" measures.
+        workers: threads or processes that make batches; None is one for each core.
         target: stop at this accuracy on 5,000 training images that are held out for it.
         fallback_dataset: trained on when `dataset` is nowhere to be found.
     """
@@ -30,6 +32,7 @@ class Job:
     dataset: str = "cifar10"
     data: Path | None = None
     loader: str = "resident"
+    workers: int | None = None
     device: str = "auto"
     seed: int = 0
     budget: str | None = None
@@ -46,6 +49,8 @@ class Job:
             raise UsageError(f"--steps: must be more than 0, is {self.steps}.", "--steps 200")
         if self.target is not None and not 0 < self.target < 1:
             raise UsageError(f"--target: is an accuracy between 0 and 1, not {self.target:g}.", "--target 0.94")
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers: must be at least 1, is {self.workers}.", "--workers 1")
         if self.seed < 0:
             raise UsageError(f"--seed: must not be negative, is {self.seed}.", "--seed 0")
         self.settings.check()

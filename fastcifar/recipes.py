@@ -24,21 +24,25 @@ class Model:
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a training image, in this order: crop, flip, cutout, brightness and contrast.
+    """What is done to a training image, in this order: crop, flip, rotation, brightness and contrast, cutout.
 
     Args:
-        crop_px: shift by up to this many pixels each way, reflecting at the border.
+        crop_px: shift by up to this many pixels each way.
+        border: what a shift brings in: the image's reflection, or black.
         flip: mirror at random each epoch, or alternate (each image mirrored every other epoch), or not at all.
-        cutout_px: side of the square painted over with the mean colour; 0 is off.
+        rotate_deg: turn by up to this many degrees either way, to the nearest pixel, corners black; 0 is off.
         brightness: add up to this share of the full range to an image, either way; 0 is off.
-        contrast: multiply an image by 1 plus or minus up to this much around its mean colour; 0 is off.
+        contrast: multiply an image by 1 plus or minus up to this much around the mean colour; 0 is off.
+        cutout_px: side of the square painted over with the mean colour; 0 is off.
     """
 
     crop_px: int = 2
+    border: Literal["reflect", "black"] = "reflect"
     flip: Literal["none", "random", "alternating"] = "alternating"
-    cutout_px: int = 0
+    rotate_deg: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
+    cutout_px: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,10 @@ class Recipe:
             ("model.widths", "multiples of 8", all(width > 0 and width % 8 == 0 for width in self.model.widths)),
             ("model.whiten_eps", "more than 0", self.model.whiten_eps > 0),
             ("augment.crop_px", "from 0 to 31", 0 <= self.augment.crop_px <= 31),
-            ("augment.cutout_px", "from 0 to 32", 0 <= self.augment.cutout_px <= 32),
+            ("augment.rotate_deg", "from 0 to 45", 0 <= self.augment.rotate_deg <= 45),
             ("augment.brightness", "from 0 to 1", 0 <= self.augment.brightness <= 1),
-            ("augment.contrast", "from 0 to 1", 0 <= self.augment.contrast <= 1),
+            ("augment.contrast", "from 0 to below 1", 0 <= self.augment.contrast < 1),
+            ("augment.cutout_px", "from 0 to 32", 0 <= self.augment.cutout_px <= 32),
             ("optim.muon_lr", "more than 0", self.optim.muon_lr > 0),
             ("optim.muon_momentum", "from 0 to below 1", 0 <= self.optim.muon_momentum < 1),
             ("optim.muon_steps", "at least 1", self.optim.muon_steps >= 1),

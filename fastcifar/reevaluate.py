@@ -9,7 +9,8 @@ from fastcifar.display import Display
 from fastcifar.errors import UsageError
 from fastcifar.evaluate import evaluate, top_confusions
 from fastcifar.job import Job
-from fastcifar.loaders.resident import ResidentLoader
+from fastcifar.loaders.feed import open_feed
+from fastcifar.process import physical_cores
 from fastcifar.run import RunFolder
 from fastcifar.setup import EVALUATION_BATCH, build_model, open_dataset
 
@@ -27,12 +28,16 @@ def reevaluate(run: Path, job: Job, display: Display) -> dict:
     except RuntimeError as error:
         raise UsageError(f"{run}/model.safetensors is not the model that its config.yaml describes: {error}") from error
     dtype = getattr(torch, recipe.dtype)
-    loader = ResidentLoader(dataset.test, batch_size=EVALUATION_BATCH, dtype=dtype, device=device)
+    where = {"data": job.data, "progress": display.work}
+    workers = job.workers or physical_cores()
+    feed = open_feed(job.loader, dataset, workers=workers, device=device, dtype=dtype, **where)
+    loader = feed.loader("test", batch_size=EVALUATION_BATCH)
     found = evaluate(model.to(device), loader, len(dataset.class_names), recipe.tta)
     return {
         "run": str(run),
         "dataset": dataset.name,
         "data_verified": dataset.verified,
+        "loader": feed.name,
         **found.summary(),
         "classes": {
             name: {"precision": float(precision), "recall": float(recall), "f1": float(f1)}

@@ -5,6 +5,7 @@ Shapes: N images, B of a batch, C channels, H rows, W columns.
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -15,15 +16,17 @@ from torch.optim import Optimizer
 
 from fastcifar.budget import guess_cost
 from fastcifar.data import source
-from fastcifar.data.dataset import Dataset, Split
+from fastcifar.data.dataset import Dataset
 from fastcifar.devices import pick_device, synchronize
 from fastcifar.display import Display
 from fastcifar.errors import DataMissing, UsageError
 from fastcifar.evaluate import predict
 from fastcifar.job import HELD_OUT, Job
-from fastcifar.loaders.resident import ResidentLoader
+from fastcifar.loaders.feed import Feed, open_feed, pick_feed
+from fastcifar.loaders.loader import Loader
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
+from fastcifar.process import physical_cores
 from fastcifar.recipes import Recipe
 
 EVALUATION_BATCH = 1000
@@ -40,9 +43,10 @@ class Setup:
     recipe: Recipe  # the job's, its batch size fitted to the budget
     dataset: Dataset
     device: torch.device
-    loader: ResidentLoader
-    test_loader: ResidentLoader
-    held_out_loader: ResidentLoader | None
+    feed: Feed
+    loader: Loader
+    test_loader: Loader
+    held_out_loader: Loader | None
     model: SpeedNet
     forward: nn.Module
     optimizers: list[Optimizer]
@@ -59,45 +63,54 @@ def set_up(job: Job, display: Display) -> Setup:
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
     torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
-    train, held_out = hold_out(dataset, HELD_OUT) if job.target else (dataset.train, None)
-    if recipe.batch_size > len(train):
+    train_N, held_out_N = hold_out(dataset, HELD_OUT) if job.target else (None, None)
+    images = len(dataset.train) if train_N is None else len(train_N)
+    if recipe.batch_size > images:
         raise UsageError(
-            f"--batch_size: {recipe.batch_size} is more than the {len(train)} training images of {dataset.name}.",
-            f"--batch_size {len(train)}",
+            f"--batch_size: {recipe.batch_size} is more than the {images} training images of {dataset.name}.",
+            f"--batch_size {images}",
         )
 
-    def plain_loader(split: Split) -> ResidentLoader:
-        return ResidentLoader(split, batch_size=EVALUATION_BATCH, dtype=dtype, device=device)
+    def open_named(name: str) -> Feed:
+        where = {"data": job.data, "progress": display.work}
+        return open_feed(name, dataset, workers=job.workers or physical_cores(), device=device, dtype=dtype, **where)
 
-    loader = ResidentLoader(
-        train,
-        batch_size=recipe.batch_size,
-        dtype=dtype,
-        device=device,
-        augment=recipe.augment,
-        shuffle=True,
-        seed=job.seed,
-    )
+    def train_loader(feed: Feed) -> Loader:
+        options = {"shuffle": True, "seed": job.seed, "augment": recipe.augment, "places_N": train_N}
+        return feed.loader("train", batch_size=recipe.batch_size, **options)
+
+    feed = open_named("resident" if job.loader == "auto" else job.loader)
+    display.close()
+    loader = train_loader(feed)
     began_s = time.monotonic()
-    x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, len(train)), device=device))
+    x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, images)))
     compile_s = time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
     model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     look_s = time_a_look(model, loader)
+    if job.loader == "auto":
+        feed, loader, why = pick_feed(1 / (look_s * LOOKS_A_STEP), open_named, train_loader)
+        display.say(why)
+    evaluation_loader = partial(feed.loader, batch_size=EVALUATION_BATCH)
+    test_loader = evaluation_loader("test")
+    held_out_loader = None if held_out_N is None else evaluation_loader("train", places_N=held_out_N)
+    if feed.name != "resident":
+        look_s += time_loading(test_loader)
     if job.budget_s:
         recipe = replace(recipe, batch_size=fit_batch_size(recipe, job.budget_s, look_s))
         loader.batch_size = recipe.batch_size
     forward: nn.Module = model
     if recipe.compile and device.type == "cuda":
         forward = cast(nn.Module, torch.compile(model))
-        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(recipe.batch_size, device=device)))
+        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(recipe.batch_size)))
     return Setup(
         recipe,
         dataset,
         device,
+        feed,
         loader,
-        plain_loader(dataset.test),
-        plain_loader(held_out) if held_out else None,
+        test_loader,
+        held_out_loader,
         model,
         forward,
         build_optimizers(model, recipe.optim, recipe.batch_size),
@@ -123,19 +136,13 @@ def open_dataset(job: Job, display: Display) -> Dataset:
     return dataset
 
 
-def hold_out(dataset: Dataset, count: int) -> tuple[Split, Split]:
-    """(the other training images, `count` of them, always the same ones). Raises UsageError if that would be all."""
-    split = dataset.train
-    if len(split) <= count:
-        raise UsageError(
-            f"--target: holds out {count} training images, {dataset.name} has {len(split)}.", "--epochs 10"
-        )
-    order_N = np.random.default_rng(0).permutation(len(split))
-    taken, rest = (
-        Split(split.images_NHWC[ids], split.labels_N[ids])
-        for ids in (np.sort(order_N[:count]), np.sort(order_N[count:]))
-    )
-    return rest, taken
+def hold_out(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(places of the other training images, of `count` of them, always the same). Raises UsageError: that is all."""
+    images = len(dataset.train)
+    if images <= count:
+        raise UsageError(f"--target: holds out {count} training images, {dataset.name} has {images}.", "--epochs 10")
+    order_N = torch.from_numpy(np.random.default_rng(0).permutation(images))
+    return order_N[count:].sort().values, order_N[:count].sort().values
 
 
 def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:
@@ -176,10 +183,19 @@ def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: torch.T
     return time.monotonic() - began_s
 
 
-def time_a_look(model: SpeedNet, loader: ResidentLoader) -> float:
+def time_loading(loader: Loader) -> float:
+    """Seconds that an evaluation waits for one image of a loader that is not resident: the second time it is used."""
+    ids_M = torch.arange(min(EVALUATION_BATCH, len(loader.labels_N)))
+    for _ in range(2):
+        began_s = time.monotonic()
+        loader.take(ids_M)
+    return (time.monotonic() - began_s) / len(ids_M)
+
+
+def time_a_look(model: SpeedNet, loader: Loader) -> float:
     """Seconds that the model takes to classify one image: the second of two batches, which finds memory ready."""
     model.eval()
-    x_BCHW = loader.take(torch.arange(min(500, len(loader.labels_N)), device=loader.device))
+    x_BCHW = loader.take(torch.arange(min(500, len(loader.labels_N))))
     for _ in range(2):
         began_s = time.monotonic()
         predict(model, x_BCHW)

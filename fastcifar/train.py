@@ -60,6 +60,8 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     setup = set_up(job, display)
     recipe = replace(setup.recipe, min_steps=0)
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
+    if setup.feed.pack is not None:
+        display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")
 
     if job.budget_s is not None:
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
@@ -71,7 +73,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)])
     # What is resumed or repeated later keeps the data set, batch size and second look that were settled on now.
-    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None)
+    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None, loader=setup.feed.name)
     folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint) if checkpoint else Position()
     metrics = Metrics(folder, position.step)

@@ -159,6 +159,13 @@ def test_eval_repeats_the_runs_own_figures(small_cifar, tmp_path):
         "truck",
     }
 
+    other = fastcifar("eval", str(run), "--device", "cpu", "--loader", "torch", "--workers", "1", "--json")
+    assert other.returncode == 0, other.stderr
+    found = json.loads(other.stdout.splitlines()[-1])
+    assert again["loader"] == "resident"
+    assert found["loader"] == "torch"
+    assert found["confusion"] == again["confusion"]
+
     (run / "model.safetensors").write_bytes(b"no model")
     broken = fastcifar("eval", str(run))
     assert broken.returncode == 2
@@ -229,7 +236,7 @@ def test_data_verify_and_info(small_cifar):
 def test_doctor_tries_things():
     done = fastcifar("doctor")
     assert done.returncode == 0, done.stderr
-    for part in ("allocator", "threads", "loader resident", "agrees with plain torch", "GPU"):
+    for part in ("allocator", "threads", "loader resident", "loader torch", "works", "GPU"):
         assert part in done.stdout
 
 

@@ -18,7 +18,8 @@ from fastcifar.budget import Knot, Pace
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
-from fastcifar.recipes import Model, Optim, Recipe, Stage, Tta
+from fastcifar.loaders.feed import import_loader
+from fastcifar.recipes import Augment, Model, Optim, Recipe, Stage, Tta
 from fastcifar.run import RunFolder
 from fastcifar.setup import Setup, fit_batch_size, resize, set_up, warm_up
 from fastcifar.train import Position, fit, train, train_step
@@ -232,12 +233,38 @@ def test_target_stops_early(small_cifar, tmp_path):
 def test_held_out_images_are_not_trained_on():
     job = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=1, target=0.9)
     setup = set_up(job, Display())
-    train_images = {image.tobytes() for image in setup.loader.images_NHWC.numpy()}
     assert setup.held_out_loader is not None
-    held_out = [image.tobytes() for image in setup.held_out_loader.images_NHWC.numpy()]
+    train_images, held_out = (
+        {x.float().numpy().tobytes() for x in loader.take(torch.arange(len(loader.labels_N)))}
+        for loader in (setup.loader, setup.held_out_loader)
+    )
     assert len(held_out) == 5000
-    assert len(setup.loader.labels_N) == 45_000
-    assert not train_images & set(held_out)
+    assert len(train_images) == 45_000
+    assert not train_images & held_out
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "dali", "torch"])
+def test_another_loader_trains_the_same_model(small_cifar, tmp_path, loader):
+    """In bfloat16 all four give the same bits for this augmentation, so all that follows is the same."""
+    try:
+        import_loader(loader)
+    except UsageError as error:
+        pytest.skip(str(error))
+    settings = replace(SMALL, augment=Augment(crop_px=2))
+    runs = {}
+    for name in ("resident", loader):
+        job = Job("speed", settings, data=small_cifar, loader=name, workers=2, device="cpu", steps=12)
+        result = run_to_end(job, tmp_path / name)
+        assert result["loader"] == name
+        runs[name] = [row["loss"] for row in rows(tmp_path / name)], result["test_acc"], result["test_acc_tta"]
+    assert runs["resident"] == runs[loader]
+
+
+def test_auto_says_which_loader_it_took(small_cifar, tmp_path, capsys):
+    job = Job("speed", SMALL, data=small_cifar, loader="auto", device="cpu", steps=2)
+    assert run_to_end(job, tmp_path / "run")["loader"] == "resident"
+    assert "loader: resident" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "loader resident: " in capsys.readouterr().err
 
 
 def test_divergence_ends_the_run_with_its_place(job, tmp_path):

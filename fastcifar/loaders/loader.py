@@ -1,0 +1,88 @@
+"""The contract of every loader, and all that they share: the order of an epoch and what is drawn for each image.
+
+The libraries beneath have random numbers of their own; none of them is used. Order and augmentation are drawn here, on
+the CPU, from (seed, epoch) alone, and each loader shows what it is told to. So they all give the same batches, however
+many workers they run and wherever an epoch is taken up again.
+
+Shapes: N images of the loader, B of a batch, M of any number, C channels, H rows, W columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastcifar.data.dataset import Split
+from fastcifar.loaders import augment as aug
+from fastcifar.loaders.augment import PLAIN, Draws
+from fastcifar.recipes import Augment
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Loader(ABC):
+    """Batches of one split: images [B, 3, H, W], channels-last, normalised, in `dtype`, and labels [B] int64.
+
+    Both are on `device` and stay as they are when the next batch is made. Training (`shuffle=True`): a new order and
+    new draws each epoch; the incomplete last batch is left out. Evaluation (`shuffle=False`): every image once, in the
+    order of the split.
+
+    Args:
+        places_N: which images of the split, int64 on the CPU; all if None.
+        workers: threads or processes that make batches on the CPU.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        augment: Augment = PLAIN,
+        shuffle: bool = False,
+        seed: int = 0,
+        places_N: Tensor | None = None,
+        workers: int = 1,
+    ):
+        self.split, self.batch_size, self.dtype, self.device = split, batch_size, dtype, device
+        self.augment, self.shuffle, self.seed, self.workers = augment, shuffle, seed, workers
+        self.places_N = torch.arange(len(split)) if places_N is None else places_N
+        self.labels_N = torch.tensor(split.labels_N)[self.places_N].to(device, torch.int64)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        images = len(self.places_N)
+        return images // self.batch_size if self.shuffle else -(-images // self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The places of the images in the order of this epoch, int64 [N]."""
+        if not self.shuffle:
+            return self.places_N
+        generator = aug.seeded(aug.ORDER, self.seed, epoch)
+        return self.places_N[torch.randperm(len(self.places_N), generator=generator)]
+
+    def draws(self, epoch: int, augment: Augment) -> Draws:
+        """What is drawn for each image of the whole split, whether it is this loader's or not."""
+        return aug.draw(augment, len(self.split), self.split.images_NHWC.shape[1], self.seed, epoch)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from `first_batch` on, which are the same however the earlier ones were made."""
+        if first_batch >= len(self):
+            return iter(())
+        first, end = first_batch * self.batch_size, len(self) * self.batch_size
+        return self.read(self.order(epoch)[first:end], self.draws(epoch, self.augment))
+
+    def take(self, ids_M: Tensor) -> Tensor:
+        """The images at these places of `labels_N`, at least one, without augmentation: [M, 3, H, W]."""
+        places_M = self.places_N[ids_M.cpu()]
+        x_BCHW = torch.cat([x_BCHW for x_BCHW, _ in self.read(places_M, self.draws(0, PLAIN))])
+        return x_BCHW.contiguous(memory_format=torch.channels_last)
+
+    @abstractmethod
+    def read(self, places_M: Tensor, draws: Draws) -> Iterator[Batch]:
+        """Batches of the images at these places (at least one) of the split, in this order, as drawn for each.
+
+        The last may be short. An iterator that is closed before its end releases what it holds.
+        """
