@@ -94,11 +94,11 @@ def set_up(job: Job, display: Display) -> Setup:
     evaluation_loader = partial(feed.loader, batch_size=EVALUATION_BATCH)
     test_loader = evaluation_loader("test")
     held_out_loader = None if held_out_N is None else evaluation_loader("train", places_N=held_out_N)
-    if feed.name != "resident":
-        look_s += time_loading(test_loader)
     if job.budget_s:
         recipe = replace(recipe, batch_size=fit_batch_size(recipe, job.budget_s, look_s))
         loader.batch_size = recipe.batch_size
+    if feed.name != "resident":
+        look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
     if recipe.compile and device.type == "cuda":
         forward = cast(nn.Module, torch.compile(model))

@@ -44,7 +44,7 @@ def run(job: Job, out: Path | None, display: Display) -> int:
     report = {
         "machine": f"{processor()}, {physical_cores()} cores",
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
-        "versions": {library: installed(library) for library in LIBRARIES},
+        "versions": versions(),
         "commit": source_commit(),
         "dataset": setup.dataset.name,
         "batch_size": setup.recipe.batch_size,
@@ -69,6 +69,10 @@ def run(job: Job, out: Path | None, display: Display) -> int:
 def job(dataset: str, data: Path | None, device: str) -> Job:
     """What the loaders are to feed."""
     return Job(RECIPE, find_recipe(RECIPE), dataset=dataset, data=data, device=device, steps=1)
+
+
+def versions() -> dict[str, str | None]:
+    return {library: installed(library) for library in LIBRARIES}
 
 
 def open_loaders(setup: Setup, job: Job, display: Display) -> tuple[dict[tuple[str, int], Loader], dict[str, str]]:
