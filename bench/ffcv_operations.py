@@ -88,7 +88,7 @@ def own_operations(file: Path, workers: int):
     image = [
         SimpleRGBImageDecoder(),
         RandomHorizontalFlip(),
-        RandomTranslate(padding=2, fill=tuple(map(int, mean_C))),
+        RandomTranslate(padding=2, fill=(125, 123, 114)),
         NormalizeImage(mean_C, std_C, np.float32),  # type: ignore[arg-type]
         ToTensor(),
         ToTorchImage(),

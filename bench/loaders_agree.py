@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from fastcifar.report import processor
 from fastcifar.run import source_commit, write_atomically
 
 CPU, CROP_PX = torch.device("cpu"), 2
-USUAL = Augment(crop_px=CROP_PX, flip="random")
+USUAL = {"batch_size": 1000, "shuffle": True, "augment": Augment(crop_px=CROP_PX, flip="random")}
 CHOICES = [(*shift, mirror) for shift in itertools.product(range(-CROP_PX, CROP_PX + 1), repeat=2) for mirror in (0, 1)]
 
 
@@ -47,32 +48,32 @@ def main() -> None:
         where = {"data": chosen.data, "progress": display.work}
         return open_feed(name, dataset, workers=workers, device=CPU, dtype=dtype, **where)
 
-    found, first = {}, None
+    found: dict[str, dict[str, Any]] = {}
+    first: tuple[torch.Tensor, torch.Tensor] | None = None
     for name in LOADERS:
-        loader = feed(name, 2).loader("train", batch_size=1000, shuffle=True, augment=USUAL)
         # In float32, from which the pixel can be told.
-        found[name] = row = {"digest": digest(feed(name, 2, torch.float32).loader("train", batch_size=1000))}
-        row["is_the_data_set"] = row["digest"] == dataset.digests["train"]
-        counts, mean_CHW, std_CHW = look_closely(loader)
-        row |= {
-            "matched": sum(counts),
+        plain = feed(name, 2, torch.float32).loader("train", batch_size=1000)
+        one, two = (feed(name, workers).loader("train", **USUAL) for workers in (1, 2))
+        counts, mean_CHW, std_CHW = look_closely(two)
+        first = first or (mean_CHW, std_CHW)
+        found[name] = row = {
+            "digest": digest(plain),
+            "bits": [bits(loader) for loader in (one, two, one, two)],
             "images": len(dataset.train),
+            "matched": sum(counts),
             "mirrored": sum(counts[1::2]) / len(dataset.train),
+            "mean_differs_by": (mean_CHW - first[0]).abs().max().item(),
+            "std_differs_by": (std_CHW - first[1]).abs().max().item(),
+            "orders_shared": len(orders(one, seed=0) & orders(one, seed=1)),
             "shifts": {f"{CHOICES[i][:2]}": counts[i] + counts[i + 1] for i in range(0, len(CHOICES), 2)},
         }
-        first = first or (mean_CHW, std_CHW)
-        row["mean_differs_by"] = (mean_CHW - first[0]).abs().max().item()
-        row["std_differs_by"] = (std_CHW - first[1]).abs().max().item()
-        loaders = [feed(name, w).loader("train", batch_size=1000, shuffle=True, augment=USUAL) for w in (1, 2, 1, 2)]
-        row["bits"] = [bits(loader) for loader in loaders]
-        row["orders_shared"] = len(orders(loader, seed=0) & orders(loader, seed=1))
-        print(name, json.dumps({key: value for key, value in row.items() if key != "shifts"}))
-        print("  shifts:", *row["shifts"].values())
-    print("the same digest:", len({row["digest"] for row in found.values()}) == 1)
+        print(name, json.dumps(row | {"shifts": [*row["shifts"].values()]}))
+    print("the digest of the data set:", all(row["digest"] == dataset.digests["train"] for row in found.values()))
     print("the same bits:", len({bits for row in found.values() for bits in row["bits"]}) == 1)
     about = {"machine": f"{processor()}, {physical_cores()} cores", "versions": versions(), "commit": source_commit()}
+    about |= {"dataset": dataset.title, "dataset_digest": dataset.digests["train"]}
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(chosen.out, json.dumps(about | {"dataset": dataset.title, "loaders": found}, indent=2).encode())
+    write_atomically(chosen.out, json.dumps(about | {"loaders": found}, indent=2).encode())
 
 
 def digest(loader: Loader) -> str:
@@ -96,10 +97,9 @@ def look_closely(loader: Loader) -> tuple[list[int], torch.Tensor, torch.Tensor]
         places_B = order_N[k * loader.batch_size :][: len(x_BCHW)]
         left_B = torch.ones(len(x_BCHW), dtype=torch.bool)  # an image of one colour matches many: the first counts
         for i, (down, right, mirror) in enumerate(CHOICES):
-            draws_B = plain.pick(places_B)
-            draws_B.shift_N2[:] = torch.tensor([down, right])
-            draws_B.mirror_N[:] = bool(mirror)
-            same_B = (aug.apply(images_NHWC, places_B, draws_B, loader.dtype) == x_BCHW).flatten(1).all(1) & left_B
+            plain.shift_N2[:], plain.mirror_N[:] = torch.tensor([down, right]), bool(mirror)
+            as_if_BCHW = aug.apply(images_NHWC, places_B, plain, places_B, loader.dtype)
+            same_B = (as_if_BCHW == x_BCHW).flatten(1).all(1) & left_B
             counts[i] += int(same_B.sum())
             left_B &= ~same_B
     images = len(order_N)

@@ -85,7 +85,7 @@ def try_loaders() -> list[tuple[str, str]]:
 
 def try_loader(loader: Loader) -> str:
     images_NHWC, draws, places_B = loader.split.images_NHWC, loader.draws(0, loader.augment), loader.order(0)
-    expected_BCHW = augment.apply_torch(torch.tensor(images_NHWC), places_B, draws.pick(places_B), loader.dtype)
+    expected_BCHW = augment.apply_torch(torch.tensor(images_NHWC), places_B, draws, places_B, loader.dtype)
     ((x_BCHW, _),) = loader.epoch(0)
     return "works" if torch.equal(x_BCHW, expected_BCHW) else "disagrees with plain torch: please report this"
 

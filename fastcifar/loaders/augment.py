@@ -97,13 +97,15 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
     return Draws(augment, shift_N2, mirror_N, turn_N2, angle_N, scale_N, offset_N, gain_NC, bias_NC, cutout_N2)
 
 
-def apply(images_NHWC: Tensor, places_B: Tensor, draws_B: Draws, dtype: torch.dtype) -> Tensor:
-    """The uint8 images at these places, augmented as drawn for each: [B, 3, H, W] channels-last, on their device.
+def apply(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images of uint8, augmented: [B, 3, H, W] channels-last in `dtype`, on their device. Never waits for that device.
 
-    `draws_B` must be on the device of the images. Never waits for the device.
+    Args:
+        ids_B: which of `images_NHWC`, int64.
+        draws: of the epoch; `places_B`: which of them, int64. All on the device of the images.
     """
     how = apply_numba if images_NHWC.device.type == "cpu" else _compiled()
-    return how(images_NHWC, places_B, draws_B, dtype)
+    return how(images_NHWC, ids_B, draws, places_B, dtype)
 
 
 @cache
@@ -111,8 +113,9 @@ def _compiled():
     return torch.compile(apply_torch)
 
 
-def apply_torch(images_NHWC: Tensor, places_B: Tensor, draws_B: Draws, dtype: torch.dtype) -> Tensor:
+def apply_torch(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
     """`apply` on any device."""
+    draws_B = draws.pick(places_B)
     augment, side_px = draws_B.augment, images_NHWC.size(1)
     place_P = torch.arange(side_px, device=images_NHWC.device)
     rows_BHW, columns_BHW = place_P[None, :, None], place_P[None, None, :]
@@ -132,7 +135,7 @@ def apply_torch(images_NHWC: Tensor, places_B: Tensor, draws_B: Draws, dtype: to
     if augment.border == "black":
         seen_BHW = seen_BHW & _within(rows_BHW, side_px) & _within(columns_BHW, side_px)
         rows_BHW, columns_BHW = rows_BHW.clamp(0, side_px - 1), columns_BHW.clamp(0, side_px - 1)
-    pixels_BHWC = images_NHWC[places_B[:, None, None], reflect(rows_BHW, side_px), reflect(columns_BHW, side_px)]
+    pixels_BHWC = images_NHWC[ids_B[:, None, None], reflect(rows_BHW, side_px), reflect(columns_BHW, side_px)]
     pixels_BHWC = pixels_BHWC.float() * seen_BHW[..., None]
     x_BHWC = pixels_BHWC * draws_B.gain_NC[:, None, None] + draws_B.bias_NC[:, None, None]
     if augment.cutout_px:
@@ -152,14 +155,15 @@ def reflect(place: Tensor, side_px: int) -> Tensor:
     return (side_px - 1) - ((side_px - 1) - place.abs()).abs()
 
 
-def apply_numba(images_NHWC: Tensor, places_B: Tensor, draws_B: Draws, dtype: torch.dtype) -> Tensor:
+def apply_numba(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
     """`apply` for CPU tensors, in one pass over the pixels, parallel over images."""
+    draws_B = draws.pick(places_B)
     _, height, width, channels = images_NHWC.shape
     kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    x_BHWC = torch.empty(len(places_B), height, width, channels, dtype=kernel_dtype)
+    x_BHWC = torch.empty(len(ids_B), height, width, channels, dtype=kernel_dtype)
     _augment(
         images_NHWC.numpy(),
-        places_B.numpy(),
+        ids_B.numpy(),
         draws_B.shift_N2.numpy(),
         draws_B.mirror_N.numpy(),
         draws_B.turn_N2.numpy(),
@@ -176,16 +180,16 @@ def apply_numba(images_NHWC: Tensor, places_B: Tensor, draws_B: Draws, dtype: to
 
 @numba.njit(parallel=True, cache=True, nogil=True)
 def _augment(
-    images_NHWC, places_B, shift_B2, mirror_B, turn_B2, gain_BC, bias_BC, cutout_B2, reflects, turns, cutout_px, x_BHWC
+    images_NHWC, ids_B, shift_B2, mirror_B, turn_B2, gain_BC, bias_BC, cutout_B2, reflects, turns, cutout_px, x_BHWC
 ):  # pragma: no cover
-    batch, side = len(places_B), images_NHWC.shape[1]
+    batch, side = len(ids_B), images_NHWC.shape[1]
     for piece in numba.prange((batch + PIECE_IMAGES - 1) // PIECE_IMAGES):
         rows_P, columns_P = np.empty(side, np.int64), np.empty(side, np.int64)
         # A row of the augmented image. Not uint8: once FFCV was used, numba takes every row of bytes for read-only.
         line = np.empty(3 * side, np.uint16)
         gain, bias = np.empty(3 * side, np.float32), np.empty(3 * side, np.float32)
         for b in range(piece * PIECE_IMAGES, min((piece + 1) * PIECE_IMAGES, batch)):
-            image_HX = images_NHWC[places_B[b]].reshape(side, 3 * side)
+            image_HX = images_NHWC[ids_B[b]].reshape(side, 3 * side)
             out_HX = x_BHWC[b].reshape(side, 3 * side)
             shift, mirrored = shift_B2[b, 1], mirror_B[b]
             for place in range(side):

@@ -74,8 +74,8 @@ class FfcvLoader(Loader):
 
     def augment_there(self, x_BHWC: Tensor, places_B: Tensor, draws: Draws) -> Tensor:
         """Decoded bytes that lie on the GPU, augmented."""
-        draws_B = draws.pick(places_B.to(self.device, non_blocking=True))
-        return aug.apply(x_BHWC, torch.arange(len(x_BHWC), device=self.device), draws_B, self.dtype)
+        all_B = torch.arange(len(x_BHWC), device=self.device)
+        return aug.apply(x_BHWC, all_B, draws, places_B.to(self.device, non_blocking=True), self.dtype)
 
 
 class Epoch(EpochIterator):
@@ -123,9 +123,10 @@ class Augmentation(Operation):
 
     def generate_code(self):
         def augment(images_BHWC, _, places_B):
-            draws_B = self.draws.pick(torch.from_numpy(places_B.astype(np.int64)))
-            all_B = torch.arange(len(places_B))
-            return aug.apply(torch.from_numpy(images_BHWC), all_B, draws_B, self.dtype)
+            places_B = torch.from_numpy(places_B.astype(np.int64))
+            return aug.apply(
+                torch.from_numpy(images_BHWC), torch.arange(len(places_B)), self.draws, places_B, self.dtype
+            )
 
         augment.with_indices = True
         return augment

@@ -20,7 +20,7 @@ def apply_both(augment: Augment, dtype: torch.dtype, seed: int = 0, images_NHWC=
     draws = aug.draw(augment, len(images_NHWC), images_NHWC.size(1), seed, 0)
     ids_B = torch.randperm(len(images_NHWC))[:30]
     ways = aug.apply_torch, aug.apply_numba
-    return draws, ids_B, [apply(images_NHWC, ids_B, draws.pick(ids_B), dtype) for apply in ways]
+    return draws, ids_B, [apply(images_NHWC, ids_B, draws, ids_B, dtype) for apply in ways]
 
 
 def normalised(image_CHW: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_compiled_equals_eager(augment):
     """CUDA runs the compiled form; Inductor compiles it for the CPU as well."""
     draws, ids_B, (plain, _) = apply_both(augment, torch.bfloat16)
     compiled = torch.compile(aug.apply_torch, fullgraph=True)
-    assert torch.equal(compiled(IMAGES_NHWC, ids_B, draws.pick(ids_B), torch.bfloat16), plain)
+    assert torch.equal(compiled(IMAGES_NHWC, ids_B, draws, ids_B, torch.bfloat16), plain)
 
 
 def test_a_black_border_is_that_of_a_padded_image():
@@ -89,7 +89,7 @@ def test_a_quarter_turn_is_exact():
     draws = replace(draws, turn_N2=torch.tensor([[0, 1 << aug.TURN_BITS]]).repeat(len(ids_B), 1))
     plain_B = aug.draw(aug.PLAIN, len(IMAGES_NHWC), 32, 0, 0)
     for apply in (aug.apply_torch, aug.apply_numba):
-        turned, plain = (apply(IMAGES_NHWC, ids_B, drawn, torch.float32) for drawn in (draws, plain_B))
+        turned, plain = (apply(IMAGES_NHWC, ids_B, drawn, ids_B, torch.float32) for drawn in (draws, plain_B))
         assert torch.equal(turned, torch.rot90(plain, 1, (2, 3)))
 
 
