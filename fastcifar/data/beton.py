@@ -15,7 +15,7 @@ from fastcifar.data.official import ROW_BYTES
 from fastcifar.errors import DataError, UsageError
 
 INSTALL = (
-    "make loaders, or by hand: apt-get install libopencv-dev libturbojpeg0-dev pkg-config; "
+    "make loaders, or: apt-get install g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev && "
     "pip install 'fastcifar[ffcv]'"
 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastcifar.data.dataset import Dataset, Progress
-from fastcifar.data.pack import Pack, pack_for
+from fastcifar.data.pack import FORMATS, Pack, pack_for
 from fastcifar.devices import synchronize
 from fastcifar.errors import UsageError
 from fastcifar.loaders.loader import Loader
@@ -64,7 +64,7 @@ def open_feed(
     Raises DataError; UsageError: its library is not there.
     """
     import_loader(name)
-    pack = pack_for(dataset, name, data, progress) if name in ("ffcv", "dali") else None
+    pack = pack_for(dataset, name, data, progress) if name in FORMATS else None
     return Feed(name, dataset, workers, device, dtype, pack)
 
 
@@ -82,7 +82,8 @@ def import_loader(name: str) -> type[Loader]:
         else:
             raise UsageError(f"--loader: there is no {name!r}; there are {', '.join(LOADERS)}.", "--loader resident")
     except (ImportError, OSError) as error:
-        raise UsageError(f"--loader {name} cannot be used here: {error}.", "make loaders") from error
+        hint = f"make loaders, or: pip install 'fastcifar[{name}]'" if name in FORMATS else "pip install torchvision"
+        raise UsageError(f"--loader {name} cannot be used here: {error}.", hint) from error
     return Found
 
 

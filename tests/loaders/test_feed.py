@@ -58,7 +58,7 @@ def test_a_missing_library_says_what_to_do(dataset, monkeypatch):
         open_feed("dali", dataset, workers=1, device=torch.device("cpu"), dtype=torch.float32)
     assert caught.value.exit_code == 2
     assert "--loader dali cannot be used here" in caught.value.message
-    assert caught.value.hint == "make loaders"
+    assert caught.value.hint == "make loaders, or: pip install 'fastcifar[dali]'"
 
 
 def test_an_unknown_name():
