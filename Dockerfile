@@ -1,4 +1,4 @@
-# docker build -t fastcifar .
+# docker build --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)" -t fastcifar .
 # docker run --gpus all -v "$PWD/runs:/home/fastcifar/runs" fastcifar train --budget 5min
 
 # The CUDA that PyTorch's wheels on PyPI are built for; they bring its libraries, so the smallest flavour does.
@@ -31,6 +31,10 @@ RUN python -c 'import tomllib; project = tomllib.load(open("/opt/fastcifar/pypro
 
 COPY . /opt/fastcifar/
 RUN pip install --no-cache-dir '/opt/fastcifar[parquet,ffcv,dali]'
+
+# What result.json and the benchmarks record as the commit of the code: there is no checkout in here.
+ARG COMMIT
+ENV FASTCIFAR_COMMIT=$COMMIT
 
 USER 1000
 WORKDIR /home/fastcifar

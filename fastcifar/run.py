@@ -47,10 +47,22 @@ def dump_yaml(config: dict) -> str:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout this package runs from, "-dirty" if it was changed since; None outside a checkout."""
-    with suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """The commit of the checkout this package runs from, "-dirty" if it was changed since; None outside a checkout.
+
+    $FASTCIFAR_COMMIT goes before it: a container has no checkout, but whoever builds it does.
+    """
+    if named := os.environ.get("FASTCIFAR_COMMIT"):
+        return named
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    with suppress(OSError, subprocess.SubprocessError):
+        # A virtual environment may lie in somebody else's checkout, which knows nothing of this file.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40")
     return None
 
 

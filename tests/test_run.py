@@ -9,7 +9,7 @@ import torch
 
 from fastcifar.budget import Knot
 from fastcifar.errors import UsageError
-from fastcifar.run import Checkpoint, Metrics, RunFolder, write_atomically
+from fastcifar.run import Checkpoint, Metrics, RunFolder, source_commit, write_atomically
 
 ENDLESS_WRITER = """
 import sys, torch
@@ -81,3 +81,41 @@ def test_metrics_past_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
     assert resumed.rows == [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with one commit, and this package in it as if it had been cloned there."""
+    monkeypatch.delenv("FASTCIFAR_COMMIT", raising=False)
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    (tmp_path / "run.py").write_text("")
+
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    git("add", "run.py")
+    git("commit", "-m", "one")
+    return tmp_path, git("rev-parse", "HEAD").strip()
+
+
+def test_the_commit_is_that_of_the_checkout(checkout, monkeypatch):
+    folder, commit = checkout
+    monkeypatch.setattr("fastcifar.run.__file__", str(folder / "run.py"))
+    assert source_commit() == commit
+    (folder / "run.py").write_text("changed")
+    assert source_commit() == f"{commit}-dirty"
+
+
+def test_the_commit_of_somebody_elses_checkout_is_not_ours(checkout, monkeypatch):
+    """pip puts the package into a virtual environment, and that may lie in any repository."""
+    folder, _ = checkout
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "run.py").write_text("")
+    monkeypatch.setattr("fastcifar.run.__file__", str(folder / ".venv" / "run.py"))
+    assert source_commit() is None
+
+
+def test_an_image_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("FASTCIFAR_COMMIT", "0123abc")
+    assert source_commit() == "0123abc"
