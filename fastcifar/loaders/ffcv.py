@@ -45,8 +45,8 @@ class FfcvLoader(Loader):
     def __init__(self, split: Split, *, file: Path, **options):
         super().__init__(split, **options)
         self.augmentation = Augmentation(self.dtype)
-        on_gpu = self.device.type == "cuda"
-        image = [ToTensor(), ToDevice(self.device)] if on_gpu else [self.augmentation]
+        self.ships_bytes = is_gpu(self.device)
+        image = [ToTensor(), ToDevice(self.device)] if self.ships_bytes else [self.augmentation]
         threads = numba.get_num_threads()
         self.ffcv = Ffcv(
             str(file),
@@ -66,16 +66,20 @@ class FfcvLoader(Loader):
         self.busy, running = True, Epoch(self.ffcv, places_M.numpy().astype(np.uint64))  # type: ignore[arg-type]
         try:
             for places_B, (x, y_B1) in zip(places_M.split(self.batch_size), running, strict=True):
-                x_BCHW = self.augment_there(x, places_B, draws) if self.device.type == "cuda" else x
+                x_BCHW = self.augment_there(x, places_B, draws) if self.ships_bytes else x
                 yield x_BCHW, y_B1[:, 0].clone().to(self.device, non_blocking=True)
         finally:
             running.stop()
             self.busy = False
 
     def augment_there(self, x_BHWC: Tensor, places_B: Tensor, draws: Draws) -> Tensor:
-        """Decoded bytes that lie on the GPU, augmented."""
+        """Decoded bytes, augmented on the device to which FFCV has copied them."""
         all_B = torch.arange(len(x_BHWC), device=self.device)
         return aug.apply(x_BHWC, all_B, draws, places_B.to(self.device, non_blocking=True), self.dtype)
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class Epoch(EpochIterator):

@@ -3,8 +3,10 @@
 import threading
 
 import pytest
+import torch
 
 from fastcifar.loaders import augment
+from fastcifar.recipes import Augment
 
 
 @pytest.fixture
@@ -49,3 +51,16 @@ def test_our_loop_compiles_after_ffcv_was_used(loader):
     next(loader.epoch(0))
     augment._augment.recompile()
     assert sum(len(y_B) for _, y_B in loader.epoch(0)) == 100
+
+
+def test_bytes_that_are_augmented_where_they_are_copied_to(feed, monkeypatch):
+    """The pipeline for a GPU, with the CPU in its place: copied as bytes, augmented outside of FFCV."""
+    monkeypatch.setattr("fastcifar.loaders.ffcv.is_gpu", lambda device: True)
+    options = {"batch_size": 40, "shuffle": True, "augment": Augment(crop_px=3, flip="random", cutout_px=5)}
+    there, resident = (feed(name).loader("train", **options) for name in ("ffcv", "resident"))
+    assert there.ships_bytes
+    batches = list(there.epoch(2))
+    for (x_BCHW, y_B), (expected_BCHW, expected_B) in zip(batches, resident.epoch(2), strict=True):
+        assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x_BCHW, expected_BCHW)
+        assert torch.equal(y_B, expected_B)
