@@ -9,6 +9,7 @@ beforehand, and a plain copy of finished batches, which no loader that writes th
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import torch
 
 from fastcifar.devices import synchronize
 from fastcifar.display import Display
-from fastcifar.errors import UserError
+from fastcifar.errors import UsageError, UserError
 from fastcifar.job import Job
 from fastcifar.loaders.feed import LOADERS, open_feed
 from fastcifar.loaders.loader import Loader
@@ -37,6 +38,8 @@ LIBRARIES = ("torch", "torchvision", "ffcv", "nvidia-dali-cuda130", "numba", "nu
 
 def run(job: Job, out: Path | None, display: Display) -> int:
     """Measure, print a table, write `out` (JSON) and a chart beside it. Raises DataError, DeviceError, UsageError."""
+    if out is not None:
+        make_room(out)
     setup = set_up(job, display)
     loaders, missing = open_loaders(setup, job, display)
     rates = measure(loaders, display)
@@ -64,6 +67,16 @@ def run(job: Job, out: Path | None, display: Display) -> int:
         write_atomically(out, json.dumps(report, indent=2).encode())
         write_atomically(out.with_suffix(".png"), draw_chart(report))
     return 0
+
+
+def make_room(out: Path) -> None:
+    """Raise UsageError now, not after a minute of measuring, if `out` cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: cannot write {out}: {error.strerror}.", "--out loaders.json") from error
 
 
 def job(dataset: str, data: Path | None, device: str) -> Job:

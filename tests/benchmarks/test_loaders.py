@@ -62,3 +62,10 @@ def test_the_first_batch_decides():
     for wrong in (Fixed(1.001, 3), Fixed(1.0, 4)):
         with pytest.raises(ArithmeticError):
             benchmark.refuse_wrong("x", wrong, Fixed(1.0, 3))  # type: ignore[arg-type]
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "set_up", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "loaders", "--out", str(tmp_path / "file" / "result.json")]) == 2
+    assert "--out: cannot write" in capsys.readouterr().err
