@@ -1,5 +1,5 @@
 # docker build --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)" -t fastcifar .
-# docker run --gpus all -v "$PWD/runs:/home/fastcifar/runs" fastcifar train --budget 5min
+# mkdir -p runs && docker run --gpus all --ipc=host -v "$PWD/runs:/home/fastcifar/runs" fastcifar train --budget 5min
 
 # The CUDA that PyTorch's wheels on PyPI are built for; they bring its libraries, so the smallest flavour does.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04

@@ -79,6 +79,8 @@ def try_loaders() -> list[tuple[str, str]]:
                 found = try_loader(feed.loader("train", batch_size=16, shuffle=True, augment=Augment(cutout_px=8)))
             except UserError as error:
                 found = f"not here: {error.message} Try: {error.hint}"
+            except Exception as error:  # a library may fail in any way, and the other loaders still be fine
+                found = f"does not work: {type(error).__name__}: {error}"
             rows.append((f"loader {name}", found))
     return rows
 

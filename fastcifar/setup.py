@@ -97,7 +97,7 @@ def set_up(job: Job, display: Display) -> Setup:
     if job.budget_s:
         recipe = replace(recipe, batch_size=fit_batch_size(recipe, job.budget_s, look_s))
         loader.batch_size = recipe.batch_size
-    if feed.name != "resident":
+    if feed.name != "resident" or device.type == "cuda":  # where it also compiles for this number of images
         look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
     if recipe.compile and device.type == "cuda":

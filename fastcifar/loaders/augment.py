@@ -2,7 +2,7 @@
 
 `draw` decides, for every loader: so they all show a model the same pictures. `apply` then makes a batch of uint8 images
 normalised images in the compute dtype, by `apply_torch`, plain indexing on any device, or `apply_numba`, a parallel
-kernel for the CPU; both give the same bits.
+kernel for the CPU; on a CPU both give the same bits.
 
 Normalising, brightness and contrast come down to one multiplication and one addition for each channel of an image. A
 rotated pixel's source is found in whole numbers, 1/65536 of half a pixel each: no device rounds those in its own way.

@@ -54,7 +54,7 @@ class DaliLoader(Loader):
                 # Both share DALI's memory, which it leaves alone (`exec_dynamic`) as long as the tensors live.
                 x_BHWC, y_B1 = torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor())
                 x_BCHW = x_BHWC[: len(places_B)].permute(0, 3, 1, 2).to(self.dtype)
-                yield x_BCHW, y_B1[: len(places_B), 0].to(self.device)
+                yield x_BCHW, y_B1[: len(places_B), 0]
 
     def build(self, index: Path, places_KB: Tensor, draws: Draws):
         """The pipeline that gives these images, a row a batch, in the order of the index."""
@@ -109,7 +109,7 @@ class DaliLoader(Loader):
             if augment.cutout_px:
                 square = {"shape": [augment.cutout_px] * 2, "axes": [0, 1]}
                 x_HWC = fn.erase(x_HWC, anchor=drawn(draws.cutout_N2.float()), **square, fill_value=0)
-            return x_HWC, record["label"]
+            return x_HWC, record["label"].gpu() if on_gpu else record["label"]
 
         return pipeline()
 

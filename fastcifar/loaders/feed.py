@@ -16,7 +16,7 @@ import torch
 from fastcifar.data.dataset import Dataset, Progress
 from fastcifar.data.pack import FORMATS, Pack, pack_for
 from fastcifar.devices import synchronize
-from fastcifar.errors import UsageError
+from fastcifar.errors import UsageError, UserError
 from fastcifar.loaders.loader import Loader
 
 # The fastest first, as measured (README).
@@ -101,13 +101,14 @@ def pick_feed(
 ) -> tuple[Feed, Loader, str]:
     """(the first feed whose loader makes as many images a second as a step takes, or the fastest; that loader; why).
 
-    What is not installed is passed over. The first that suffices is enough: a faster one would only wait.
+    What is not installed, or has no room for its files, is passed over. The first that suffices is enough: a faster one
+    would only wait.
     """
     tried = []
     for name in LOADERS:
         try:
             feed = open_named(name)
-        except UsageError:
+        except UserError:
             continue
         loader = train_loader(feed)
         tried.append((images_per_s(loader), feed, loader))

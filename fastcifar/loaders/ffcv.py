@@ -32,7 +32,7 @@ from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder  # noqa: E402
 from ffcv.loader import Loader as Ffcv  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
-from ffcv.transforms import ToDevice, ToTensor  # noqa: E402
+from ffcv.transforms import ToTensor  # noqa: E402
 
 
 class FfcvLoader(Loader):
@@ -46,13 +46,13 @@ class FfcvLoader(Loader):
         super().__init__(split, **options)
         self.augmentation = Augmentation(self.dtype)
         self.ships_bytes = is_gpu(self.device)
-        image = [ToTensor(), ToDevice(self.device)] if self.ships_bytes else [self.augmentation]
+        image = ToTensor() if self.ships_bytes else self.augmentation
         threads = numba.get_num_threads()
         self.ffcv = Ffcv(
             str(file),
             batch_size=self.batch_size,
             num_workers=self.workers,
-            pipelines={"image": [SimpleRGBImageDecoder(), *image], "label": [IntDecoder(), ToTensor()]},
+            pipelines={"image": [SimpleRGBImageDecoder(), image], "label": [IntDecoder(), ToTensor()]},
             drop_last=False,
         )
         numba.set_num_threads(threads)
@@ -73,7 +73,13 @@ class FfcvLoader(Loader):
             self.busy = False
 
     def augment_there(self, x_BHWC: Tensor, places_B: Tensor, draws: Draws) -> Tensor:
-        """Decoded bytes, augmented on the device to which FFCV has copied them."""
+        """Decoded bytes, copied to the device and augmented there.
+
+        FFCV's own copy (ToDevice) waits its turn on the GPU while FFCV may write the next bytes over these.
+        """
+        x_BHWC = x_BHWC.clone()
+        if self.device.type == "cuda":
+            x_BHWC = x_BHWC.pin_memory().to(self.device, non_blocking=True)
         all_B = torch.arange(len(x_BHWC), device=self.device)
         return aug.apply(x_BHWC, all_B, draws, places_B.to(self.device, non_blocking=True), self.dtype)
 

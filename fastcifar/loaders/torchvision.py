@@ -1,5 +1,6 @@
 """The loader that people know: a map-style data set, torchvision's transforms one image at a time, a DataLoader."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,10 @@ from fastcifar.data.download import import_torchvision
 from fastcifar.loaders.augment import MEAN_C, STD_C, Draws
 from fastcifar.loaders.loader import Batch, Loader
 
+import_torchvision()
+
+from torchvision.transforms.v2 import functional as transform  # noqa: E402
+
 
 class TorchLoader(Loader):
     """See `Loader`. The workers are processes, as DataLoader's are; started anew for each epoch, which takes 0.1 s."""
@@ -23,26 +28,29 @@ class TorchLoader(Loader):
             sampler=places_M.tolist(),  # type: ignore[arg-type]
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=outlive_sigterm,
         )
         for x_BCHW, y_B in batches:
             x_BCHW = x_BCHW.to(self.device, self.dtype, non_blocking=True, memory_format=torch.channels_last)
             yield x_BCHW, y_B.to(self.device, non_blocking=True)
 
 
+def outlive_sigterm(worker: int) -> None:
+    """A SIGTERM to the whole group is for the training to answer, with a checkpoint; its end ends the workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Drawn(MapDataset):
     """Image n of the split, as `draws` says: (float32 [3, H, W], label)."""
 
     def __init__(self, split: Split, draws: Draws):
-        import_torchvision()
-        from torchvision.transforms.v2 import functional
-
-        self.transform, self.split, self.draws = functional, split, draws
+        self.split, self.draws = split, draws
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        transform, draws, augment = self.transform, self.draws, self.draws.augment
+        draws, augment = self.draws, self.draws.augment
         x_CHW = torch.from_numpy(self.split.images_NHWC[place].transpose(2, 0, 1).copy())
         side_px = x_CHW.shape[1]
         if augment.crop_px:
@@ -54,7 +62,7 @@ class Drawn(MapDataset):
             x_CHW = transform.horizontal_flip(x_CHW)
         if augment.rotate_deg:
             x_CHW = transform.rotate(x_CHW, draws.angle_N[place].item())
-        x_CHW = transform.normalize(transform.to_dtype(x_CHW, torch.float32, scale=True), MEAN_C, STD_C)
+        x_CHW = transform.normalize(transform.to_dtype(x_CHW, torch.float32, scale=True), [*MEAN_C], [*STD_C])
         if draws.recolours:
             x_CHW = x_CHW * draws.scale_N[place] + draws.offset_N[place]
         if augment.cutout_px:

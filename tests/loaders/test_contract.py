@@ -1,6 +1,9 @@
 """What every loader must do, checked on each that is installed: the same batches, whoever makes them."""
 
 import itertools
+import os
+import pickle
+import signal
 
 import numba
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from fastcifar.data.digest import content_digest
 from fastcifar.loaders.augment import MEAN_C, STD_C
+from fastcifar.loaders.torchvision import Drawn, outlive_sigterm
 from fastcifar.recipes import Augment
 
 EVERYTHING = Augment(
@@ -154,3 +158,19 @@ def test_seeds_share_no_order(make):
     """FFCV's order is that of seed + epoch, so its seed 0 and seed 1 go the same ways one epoch apart."""
     orders = {tuple(make(seed=seed).order(epoch).tolist()) for seed in (0, 1) for epoch in range(20)}
     assert len(orders) == 40
+
+
+def test_worker_processes_can_be_spawned(feed):
+    """As on macOS, where they are not forked: all that a worker needs can be sent to it."""
+    loader = feed("torch").loader("train", batch_size=10)
+    again = pickle.loads(pickle.dumps(Drawn(loader.split, loader.draws(0, EVERYTHING))))
+    assert again[3][0].shape == (3, 32, 32)
+
+
+def test_worker_processes_leave_sigterm_to_the_training():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        outlive_sigterm(0)
+        os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+    finally:
+        signal.signal(signal.SIGTERM, before)
