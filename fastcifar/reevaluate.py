@@ -31,6 +31,7 @@ def reevaluate(run: Path, job: Job, display: Display) -> dict:
     where = {"data": job.data, "progress": display.work}
     workers = job.workers or physical_cores()
     feed = open_feed(job.loader, dataset, workers=workers, device=device, dtype=dtype, **where)
+    display.close()
     loader = feed.loader("test", batch_size=EVALUATION_BATCH)
     found = evaluate(model.to(device), loader, len(dataset.class_names), recipe.tta)
     return {
