@@ -76,7 +76,7 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
         return torch.randint(low, high + 1, (images, 2), generator=generator)
 
     def uniform(most: float) -> Tensor:
-        return (torch.rand(images, generator=generator) * 2 - 1) * most
+        return (torch.rand(images, generator=generator) * 2 - 1) * most if most else torch.zeros(images)
 
     shift_N2 = places(-augment.crop_px, augment.crop_px)
     # Alternating: one coin for the whole run, turned over every other epoch, so that two epochs show both sides of
@@ -86,7 +86,9 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
     if augment.flip == "alternating" and epoch % 2:
         mirror_N = ~mirror_N
     half_px = augment.cutout_px // 2
-    cutout_N2 = places(-half_px, image_px - 1 - half_px)
+    cutout_N2 = (
+        places(-half_px, image_px - 1 - half_px) if augment.cutout_px else torch.zeros(images, 2, dtype=torch.int64)
+    )
     scale_N = 1 + uniform(augment.contrast)
     offset_N = uniform(augment.brightness / float(np.mean(STD_C)))
     angle_N = uniform(augment.rotate_deg)
@@ -157,10 +159,14 @@ def reflect(place: Tensor, side_px: int) -> Tensor:
 
 def apply_numba(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
     """`apply` for CPU tensors, in one pass over the pixels, parallel over images."""
-    draws_B = draws.pick(places_B)
-    _, height, width, channels = images_NHWC.shape
     kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    x_BHWC = torch.empty(len(ids_B), height, width, channels, dtype=kernel_dtype)
+    x_BHWC = torch.empty(len(ids_B), *images_NHWC.shape[1:], dtype=kernel_dtype)
+    fill(x_BHWC, images_NHWC, ids_B, draws.pick(places_B))
+    return x_BHWC.to(dtype).permute(0, 3, 1, 2)
+
+
+def fill(x_BHWC: Tensor, images_NHWC: Tensor, ids_B: Tensor, draws_B: Draws) -> None:
+    """Write augmented images over `x_BHWC`: float32 or bfloat16, contiguous, on the CPU."""
     _augment(
         images_NHWC.numpy(),
         ids_B.numpy(),
@@ -175,7 +181,6 @@ def apply_numba(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tens
         draws_B.augment.cutout_px,
         as_array(x_BHWC),
     )
-    return x_BHWC.to(dtype).permute(0, 3, 1, 2)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
@@ -193,8 +198,8 @@ def _augment(
             out_HX = x_BHWC[b].reshape(side, 3 * side)
             shift, mirrored = shift_B2[b, 1], mirror_B[b]
             for place in range(side):
-                rows_P[place] = _source(place, side, shift_B2[b, 0], reflects)
-                columns_P[place] = _source(side - 1 - place if mirrored else place, side, shift, reflects)
+                rows_P[place] = source_place(place, side, shift_B2[b, 0], reflects)
+                columns_P[place] = source_place(side - 1 - place if mirrored else place, side, shift, reflects)
                 for c in range(3):
                     gain[3 * place + c], bias[3 * place + c] = gain_BC[b, c], bias_BC[b, c]
             for row in range(side):
@@ -219,7 +224,7 @@ def _augment(
 
 
 @numba.njit(inline="always")
-def _source(place, side, shift, reflects):  # pragma: no cover
+def source_place(place, side, shift, reflects):  # pragma: no cover
     """Where the shift finds this place's pixel; -1 if that is outside and black."""
     place += shift
     if reflects:
