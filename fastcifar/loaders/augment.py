@@ -39,7 +39,10 @@ def seeded(stream: int, seed: int, epoch: int = 0) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random choices, a row an image: for an epoch, by its place in the data set; for a batch, in the batch's order."""
+    """Random choices, a row an image: for an epoch, by its place in the data set; for a batch, in the batch's order.
+
+    What a recipe does without is the same row for all, in the memory of one.
+    """
 
     augment: Augment
     shift_N2: Tensor  # int64, rows then columns
@@ -76,7 +79,10 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
         return torch.randint(low, high + 1, (images, 2), generator=generator)
 
     def uniform(most: float) -> Tensor:
-        return (torch.rand(images, generator=generator) * 2 - 1) * most if most else torch.zeros(images)
+        return (torch.rand(images, generator=generator) * 2 - 1) * most
+
+    def same(row: Tensor) -> Tensor:
+        return row.expand(images, *row.shape)
 
     shift_N2 = places(-augment.crop_px, augment.crop_px)
     # Alternating: one coin for the whole run, turned over every other epoch, so that two epochs show both sides of
@@ -86,16 +92,20 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
     if augment.flip == "alternating" and epoch % 2:
         mirror_N = ~mirror_N
     half_px = augment.cutout_px // 2
-    cutout_N2 = (
-        places(-half_px, image_px - 1 - half_px) if augment.cutout_px else torch.zeros(images, 2, dtype=torch.int64)
-    )
-    scale_N = 1 + uniform(augment.contrast)
-    offset_N = uniform(augment.brightness / float(np.mean(STD_C)))
-    angle_N = uniform(augment.rotate_deg)
-    turn_N2 = torch.stack([angle_N.deg2rad().cos(), angle_N.deg2rad().sin()], dim=1)
-    turn_N2 = (turn_N2.double() * 2**TURN_BITS).round().long()
+    # To draw what a recipe does without would take 0.03 us an image, where making one takes 0.6.
+    cutout_N2 = places(-half_px, image_px - 1 - half_px) if augment.cutout_px else same(torch.zeros(2).long())
+    scale_N, offset_N = same(torch.ones(())), same(torch.zeros(()))
     gain_C, bias_C = 1 / (255 * torch.tensor(STD_C)), -torch.tensor(MEAN_C) / torch.tensor(STD_C)
-    gain_NC, bias_NC = gain_C * scale_N[:, None], bias_C * scale_N[:, None] + offset_N[:, None]
+    gain_NC, bias_NC = same(gain_C), same(bias_C)
+    if augment.brightness or augment.contrast:
+        scale_N = 1 + uniform(augment.contrast)
+        offset_N = uniform(augment.brightness / float(np.mean(STD_C)))
+        gain_NC, bias_NC = gain_C * scale_N[:, None], bias_C * scale_N[:, None] + offset_N[:, None]
+    angle_N, turn_N2 = same(torch.zeros(())), same(torch.tensor([1 << TURN_BITS, 0]))
+    if augment.rotate_deg:
+        angle_N = uniform(augment.rotate_deg)
+        turn_N2 = torch.stack([angle_N.deg2rad().cos(), angle_N.deg2rad().sin()], dim=1)
+        turn_N2 = (turn_N2.double() * 2**TURN_BITS).round().long()
     return Draws(augment, shift_N2, mirror_N, turn_N2, angle_N, scale_N, offset_N, gain_NC, bias_NC, cutout_N2)
 
 

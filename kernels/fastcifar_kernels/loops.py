@@ -1,4 +1,4 @@
-"""What the numba loops share: bfloat16, which numba does not know, and how work is cut.
+"""What the numba loops share: bfloat16 and prefetching, which numba does not know, and how work is cut.
 
 Tensors of bfloat16 travel as bit patterns and are widened to float32 to be used. A bfloat16 is the upper half of a
 float32, so widening is a shift and narrowing a rounding; both compile to a few vector instructions.
@@ -7,6 +7,7 @@ float32, so widening is a shift and narrowing a rounding; both compile to a few 
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
@@ -61,3 +62,20 @@ def _narrow_bfloat16(context, builder, signature, arguments):
     # Rounding the bits of a NaN could carry it over into an infinity.
     kept = builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(i32, 0x7FC00000), rounded)
     return builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), i16)
+
+
+@intrinsic
+def prefetch(context, array, place):
+    """Have the memory of an element of a contiguous one-dimensional array on its way. Any place will do."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        # To read, keep in every cache, data.
+        builder.call(function, [address, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(array, place), generate
