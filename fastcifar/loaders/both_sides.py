@@ -32,6 +32,7 @@ class BothSides:
 
     def __init__(self, images_NHWC: np.ndarray, augment: Augment):
         mirrors = augment.flip != "none"
+        self.side_px = images_NHWC.shape[1]
         # Filled by numpy, which asks the kernel for huge pages: 6 to 11 % when both ran in turn (LOG.md).
         self.sides_SNHWC = np.empty((1 + mirrors, *images_NHWC.shape), np.uint8)
         self.sides_SNHWC[0] = images_NHWC
@@ -40,14 +41,13 @@ class BothSides:
 
     def batch(self, places_B: Tensor, draws: Draws, dtype: torch.dtype) -> Tensor:
         """What `augment.apply` makes of these images, to the bit."""
-        sides, images, side_px, *_ = self.sides_SNHWC.shape
         kernel_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        x_BHWC = torch.empty(len(places_B), side_px, side_px, 3, dtype=kernel_dtype)
+        x_BHWC = torch.empty(len(places_B), self.side_px, self.side_px, 3, dtype=kernel_dtype)
         colours = len(draws.gain_NC) if draws.recolours else 1  # without, one row stands for all
         holes = len(draws.cutout_N2) if draws.augment.cutout_px else 1
         _augment(
-            self.sides_SNHWC.reshape(sides, images, -1),
-            side_px,
+            self.sides_SNHWC.reshape(*self.sides_SNHWC.shape[:2], -1),
+            self.side_px,
             places_B.numpy(),
             draws.shift_N2.numpy(),
             draws.mirror_N.numpy(),
