@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from fastcifar.display import Display  # noqa: E402
 from fastcifar.job import Job  # noqa: E402
-from fastcifar.recipes import RECIPES  # noqa: E402
+from fastcifar.recipes import NAMED  # noqa: E402
 from fastcifar.report import processor  # noqa: E402
 from fastcifar.run import source_commit  # noqa: E402
 from fastcifar.setup import resize, set_up  # noqa: E402
@@ -31,7 +31,7 @@ STEPS = 9
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
-    recipe = RECIPES["speed"]
+    recipe = NAMED["speed"].recipe
     eager = set_up(Job("speed", recipe, data=parser.parse_args().data, device="cpu"), Display())
     setups = {"eager": eager, "compiled": replace(eager, forward=torch.compile(eager.model))}
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -26,9 +26,9 @@ from fastcifar.display import Display  # noqa: E402
 from fastcifar.loaders.augment import MEAN_C, STD_C  # noqa: E402
 from fastcifar.loaders.feed import open_feed  # noqa: E402
 from fastcifar.process import physical_cores  # noqa: E402
-from fastcifar.recipes import Augment  # noqa: E402
 from fastcifar.report import processor  # noqa: E402
 from fastcifar.run import source_commit, write_atomically  # noqa: E402
+from fastcifar.settings import Augment  # noqa: E402
 
 BATCH, ROUNDS = 1000, 5
 

@@ -26,9 +26,9 @@ from fastcifar.loaders import augment as aug
 from fastcifar.loaders.feed import LOADERS, Feed, open_feed
 from fastcifar.loaders.loader import Loader
 from fastcifar.process import physical_cores
-from fastcifar.recipes import Augment
 from fastcifar.report import processor
 from fastcifar.run import source_commit, write_atomically
+from fastcifar.settings import Augment
 
 CPU, CROP_PX = torch.device("cpu"), 2
 USUAL = {"batch_size": 1000, "shuffle": True, "augment": Augment(crop_px=CROP_PX, flip="random")}

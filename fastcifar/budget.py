@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from fastcifar.errors import UsageError
-from fastcifar.recipes import Stage
+from fastcifar.settings import Stage
 
 UNITS_S = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 

@@ -18,7 +18,8 @@ from fastcifar import __version__
 from fastcifar.budget import Knot
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
-from fastcifar.recipes import SUMMARIES, Recipe, find_recipe
+from fastcifar.recipes import NAMED, find_named, find_recipe
+from fastcifar.settings import Recipe
 
 DATASETS = Literal["cifar10", "cifar100", "shapes10"]
 LOADERS = Literal["resident", "ffcv", "dali", "torch"]
@@ -144,11 +145,12 @@ def recipes(chosen: Namespace, started_s: float) -> int:
     from fastcifar.display import print_table
 
     if chosen.verb == "list":
-        print_table(list(SUMMARIES.items()))
+        print_table([(name, named.summary) for name, named in NAMED.items()])
     else:
         from fastcifar.run import dump_yaml
 
-        print(dump_yaml({"recipe": chosen.name} | asdict(find_recipe(chosen.name))))
+        recipe = find_recipe(chosen.name, chosen.as_reported)
+        print(dump_yaml({"recipe": chosen.name, "as_reported": chosen.as_reported} | asdict(recipe)))
     return EXIT_DONE
 
 
@@ -207,7 +209,8 @@ def read_job(chosen: Namespace) -> Job:
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} cannot both say how long to train.", f"only {limits[0]}")
     recipe = {field.name: chosen[field.name] for field in fields(Recipe) if field.name != "epochs"}
-    epochs = find_recipe(chosen.recipe).epochs if chosen.epochs is None else chosen.epochs
+    found = find_recipe(chosen.recipe, chosen.as_reported)
+    epochs = found.epochs if chosen.epochs is None else chosen.epochs
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
     if chosen.data is not None:
@@ -283,6 +286,7 @@ def recipes_parser() -> ArgumentParser:
         "verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it"
     )
     parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
+    parser.add_argument("--as_reported", action="store_true", help="with the hyperparameters of its report")
     return parser
 
 
@@ -308,8 +312,8 @@ def verify_parser() -> ArgumentParser:
     return parser
 
 
-def add_data_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--dataset", type=DATASETS, default="cifar10", help="what to use")
+def add_data_arguments(parser: ArgumentParser, dataset: str = "cifar10") -> None:
+    parser.add_argument("--dataset", type=DATASETS, default=dataset, help="what to use")
     parser.add_argument(
         "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree, parquet, `data write`"
     )
@@ -327,7 +331,12 @@ def train_parser(words: list[str]) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML file of these flags, such as runs/NAME/config.yaml")
     parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="see `fastcifar recipes list`")
-    add_data_arguments(parser)
+    parser.add_argument(
+        "--as_reported", action="store_true", help="with the hyperparameters of the report that the recipe comes from"
+    )
+    name, as_reported = named_recipe(words)
+    recipe = find_recipe(name, as_reported)
+    add_data_arguments(parser, find_named(name).dataset)
     parser.add_argument(
         "--fallback_dataset",
         type=Literal["shapes10"] | None,
@@ -356,21 +365,26 @@ def train_parser(words: list[str]) -> ArgumentParser:
         "--resume", type=Path | None, default=None, help="go on with the interrupted run in this folder"
     )
     parser.add_argument("--json", action="store_true", help="print result.json as the last line of stdout")
-    recipe = find_recipe(named_recipe(words))
-    parser.add_class_arguments(Recipe, skip={"epochs"})
+    # A model and an optimizer are of the kind that the recipe has.
+    parser.add_class_arguments(Recipe, skip={"epochs", "model", "optim"})
+    parser.add_class_arguments(type(recipe.model), "model")
+    parser.add_class_arguments(type(recipe.optim), "optim")
     parser.set_defaults({name: value for name, value in asdict(recipe).items() if name != "epochs"})
     return parser
 
 
-def named_recipe(words: list[str]) -> str:
-    """The recipe that --recipe, else --config names, before anything else is parsed."""
+def named_recipe(words: list[str]) -> tuple[str, bool]:
+    """The recipe that --recipe, else --config names, and whether as reported, before anything else is parsed."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--config", type=Path)
+    first.add_argument("--as_reported", action="store_true")
     known = first.parse_known_args(words)[0]
-    if known.recipe is None and known.config is not None and known.config.is_file():
+    content = {}
+    if known.config is not None and known.config.is_file():
         import yaml
 
-        content = yaml.safe_load(known.config.read_text())
-        return content.get("recipe", DEFAULT_RECIPE) if isinstance(content, dict) else DEFAULT_RECIPE
-    return known.recipe or DEFAULT_RECIPE
+        read = yaml.safe_load(known.config.read_text())
+        content = read if isinstance(read, dict) else {}
+    name = known.recipe or content.get("recipe", DEFAULT_RECIPE)
+    return name, known.as_reported or bool(content.get("as_reported"))

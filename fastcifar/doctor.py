@@ -15,10 +15,10 @@ from fastcifar.errors import UserError
 from fastcifar.loaders import augment
 from fastcifar.loaders.feed import LOADERS, Feed, import_loader
 from fastcifar.loaders.loader import Loader
-from fastcifar.recipes import Augment
 from fastcifar.report import processor
 from fastcifar.result import installed
 from fastcifar.run import source_commit
+from fastcifar.settings import Augment
 
 PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "matplotlib", "jsonargparse", "safetensors")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.loaders.loader import Loader
-from fastcifar.recipes import Tta
+from fastcifar.settings import Tta
 
 CONFUSIONS = 10  # pairs of classes worth naming
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastcifar.budget import Knot, parse_duration
 from fastcifar.errors import UsageError
-from fastcifar.recipes import Recipe
+from fastcifar.settings import Recipe
 
 HELD_OUT = 5000  # training images kept aside to judge --target
 LIMITS = ("budget", "plan", "steps", "epochs")  # the first one set counts
@@ -25,6 +25,7 @@ class Job:
         workers: threads or processes that make batches; None is one for each core.
         target: stop at this accuracy on 5,000 training images that are held out for it.
         fallback_dataset: trained on when `dataset` is nowhere to be found.
+        as_reported: the settings began as those of the report that the recipe comes from.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class Job:
     steps: int | None = None
     target: float | None = None
     fallback_dataset: str | None = None
+    as_reported: bool = False
 
     def __post_init__(self) -> None:
         """Raise UsageError naming the first value that makes no sense."""

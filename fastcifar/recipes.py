@@ -1,169 +1,33 @@
-"""Every recipe, as data: frozen dataclasses that the command line can override by dotted name.
+"""The recipes by name: what the project is known for, and the systems of five reports, each in two ways.
 
-Nothing here imports torch, so `fastcifar recipes list` and `--help` answer at once.
+`--as-reported` trains what a report describes with its own hyperparameters; without it, the same architecture the fast
+way. Where a report leaves a number open, the comment says what was chosen. `mlp` and `cnn2` share a report.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from fastcifar.errors import UsageError
+from fastcifar.settings import (
+    Augment,
+    ClassicOptim,
+    CnnModel,
+    DynamicModel,
+    MlpModel,
+    Recipe,
+    ResNet34Model,
+    Stage,
+    Tta,
+)
 
 
 @dataclass(frozen=True)
-class Model:
-    """The whitened convnet of `models/speednet.py`.
+class Named:
+    """A recipe by name; `reported` is None unless it comes from a report."""
 
-    Args:
-        widths: channels of its three groups.
-        whiten_eps: added to the eigenvalues of the patch covariance before their inverse root.
-    """
-
-    widths: tuple[int, int, int] = (64, 256, 256)
-    whiten_eps: float = 5e-4
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What is done to a training image, in this order: crop, flip, rotation, brightness and contrast, cutout.
-
-    Args:
-        crop_px: shift by up to this many pixels each way.
-        border: what a shift brings in: the image's reflection, or black.
-        flip: mirror at random each epoch, or alternate (each image mirrored every other epoch), or not at all.
-        rotate_deg: turn by up to this many degrees either way, to the nearest pixel, corners black; 0 is off.
-        brightness: add up to this share of the full range to an image, either way; 0 is off.
-        contrast: multiply an image by 1 plus or minus up to this much around the mean colour; 0 is off.
-        cutout_px: side of the square painted over with the mean colour; 0 is off.
-    """
-
-    crop_px: int = 2
-    border: Literal["reflect", "black"] = "reflect"
-    flip: Literal["none", "random", "alternating"] = "alternating"
-    rotate_deg: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    cutout_px: int = 0
-
-
-@dataclass(frozen=True)
-class Optim:
-    """Muon for the filters, SGD with Nesterov momentum for biases and head.
-
-    Args:
-        muon_lr: peak learning rate of the filters, relative to filters of norm sqrt(count).
-        muon_momentum: Nesterov momentum of the filters.
-        muon_steps: Newton-Schulz iterations.
-        bias_lr: peak learning rate of the biases (per image, as the loss is summed over the batch).
-        head_lr: peak learning rate of the head (likewise).
-        momentum: Nesterov momentum of biases and head.
-        weight_decay: decay of biases and head per image.
-        warmup: share of the progress over which the learning rate rises to its peak (OneCycle); 0 starts at the peak.
-        whiten_bias_until: progress at which the whitening bias has stopped learning.
-    """
-
-    muon_lr: float = 0.24
-    muon_momentum: float = 0.6
-    muon_steps: int = 3
-    bias_lr: float = 0.053
-    head_lr: float = 0.67
-    momentum: float = 0.85
-    weight_decay: float = 2e-6
-    warmup: float = 0.0
-    whiten_bias_until: float = 0.375
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Train on images of `image_px` pixels until this much `progress` is made."""
-
-    image_px: int
-    until: float
-
-
-@dataclass(frozen=True)
-class Tta:
-    """Test-time augmentation: mirrored and shifted views, averaged.
-
-    Args:
-        shift_px: the two shifted views move by this much along the diagonal; 0 leaves only the mirrored one.
-        share: look again only at this share of the images, those the plain view is least sure of.
-    """
-
-    shift_px: int = 1
-    share: float = 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train a model.
-
-    Args:
-        batch_size: images a step.
-        min_steps: a budget that buys fewer steps than this halves the batch, down to 125, until it buys as many.
-        epochs: passes over the training set when neither --budget nor --epochs nor --steps says otherwise.
-        label_smoothing: probability mass spread evenly over all classes.
-        dtype: compute type of convolutions; weights and statistics stay float32.
-        compile: torch.compile on CUDA; a CPU runs eagerly either way (LOG.md: Inductor gained nothing there).
-        stages: image sizes through the training, each until some progress; the last one until 1.
-    """
-
-    batch_size: int = 2000
-    min_steps: int = 0
-    epochs: float = 8.0
-    label_smoothing: float = 0.2
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    compile: bool = True
-    model: Model = field(default_factory=Model)
-    augment: Augment = field(default_factory=Augment)
-    optim: Optim = field(default_factory=Optim)
-    stages: tuple[Stage, ...] = (Stage(image_px=32, until=1.0),)
-    tta: Tta = field(default_factory=Tta)
-
-    def check(self) -> None:
-        """Raise UsageError naming the first field whose value makes no sense."""
-        for name, allowed, value in (
-            ("batch_size", "at least 1", self.batch_size >= 1),
-            ("min_steps", "not negative", self.min_steps >= 0),
-            ("epochs", "more than 0", self.epochs > 0),
-            ("label_smoothing", "from 0 to below 1", 0 <= self.label_smoothing < 1),
-            ("model.widths", "multiples of 8", all(width > 0 and width % 8 == 0 for width in self.model.widths)),
-            ("model.whiten_eps", "more than 0", self.model.whiten_eps > 0),
-            ("augment.crop_px", "from 0 to 31", 0 <= self.augment.crop_px <= 31),
-            ("augment.rotate_deg", "from 0 to 45", 0 <= self.augment.rotate_deg <= 45),
-            ("augment.brightness", "from 0 to 1", 0 <= self.augment.brightness <= 1),
-            ("augment.contrast", "from 0 to below 1", 0 <= self.augment.contrast < 1),
-            ("augment.cutout_px", "from 0 to 32", 0 <= self.augment.cutout_px <= 32),
-            ("optim.muon_lr", "more than 0", self.optim.muon_lr > 0),
-            ("optim.muon_momentum", "from 0 to below 1", 0 <= self.optim.muon_momentum < 1),
-            ("optim.muon_steps", "at least 1", self.optim.muon_steps >= 1),
-            ("optim.bias_lr", "more than 0", self.optim.bias_lr > 0),
-            ("optim.head_lr", "more than 0", self.optim.head_lr > 0),
-            ("optim.momentum", "above 0 and below 1", 0 < self.optim.momentum < 1),
-            ("optim.weight_decay", "not negative", self.optim.weight_decay >= 0),
-            ("optim.warmup", "from 0 to below 1", 0 <= self.optim.warmup < 1),
-            (
-                "optim.whiten_bias_until",
-                "above optim.warmup, up to 1",
-                self.optim.warmup < self.optim.whiten_bias_until <= 1,
-            ),
-            (
-                "stages",
-                "at least one, of 18 to 64 pixels",
-                bool(self.stages) and all(18 <= s.image_px <= 64 for s in self.stages),
-            ),
-            (
-                "stages",
-                "rising in `until` and ending at 1",
-                [s.until for s in self.stages] == sorted({s.until for s in self.stages}) and self.stages[-1].until == 1,
-            ),
-            ("tta.shift_px", "from 0 to 8", 0 <= self.tta.shift_px <= 8),
-            ("tta.share", "from 0 to 1", 0 <= self.tta.share <= 1),
-        ):
-            if not value:
-                found = self
-                for part in name.split("."):
-                    found = getattr(found, part)
-                raise UsageError(f"--{name}: must be {allowed}, is {found}.", "fastcifar recipes show speed")
+    summary: str
+    recipe: Recipe
+    reported: Recipe | None = None
+    dataset: str = "cifar10"
 
 
 # The whitened convnet of the CIFAR-10 speed records (cifar10-airbench), on images that grow while it learns: the early
@@ -178,16 +42,130 @@ SPEED = Recipe(
     tta=Tta(share=0.25),
 )
 
-RECIPES = {"speed": SPEED}
-SUMMARIES = {
-    "speed": "whitened convnet, Muon, growing images: CIFAR-10 and CIFAR-100 in minutes on a CPU, seconds on a GPU"
+# What the reports have in common: plain cross-entropy in float32, every image as it is, Adam at 1e-3 throughout.
+AS_IT_IS = Augment(crop_px=0, flip="none")
+PLAIN = Recipe(
+    batch_size=100,
+    epochs=50.0,
+    label_smoothing=0.0,
+    dtype="float32",
+    augment=AS_IT_IS,
+    optim=ClassicOptim(name="adam", lr=1e-3),
+    tta=Tta(share=0.0),
+)
+# And what the fast ways have in common: bfloat16, larger batches, one cycle of AdamW, images shifted and mirrored.
+FAST = Recipe(
+    batch_size=500,
+    label_smoothing=0.1,
+    optim=ClassicOptim(name="adamw", lr=4e-3, weight_decay=0.05, schedule="one-cycle"),
+)
+
+# 3072-512-10 with BatchNorm and dropout 0.5. Reported: 55.82 % at best on validation images, 55.40 % on the test set.
+#   fastcifar train --recipe mlp --as-reported
+MLP_REPORTED = replace(PLAIN, model=MlpModel())
+MLP = replace(FAST, epochs=30.0, model=MlpModel(dropout=0.2))
+
+# Two convolutions of 64 and 128 channels, each with BatchNorm, ReLU, dropout and max pooling. Reported: 77.49 % at best
+# on validation images, 76.92 % on the test set. Chosen: 3x3 filters with padding, dropout 0.5 as in the report's MLP.
+#   fastcifar train --recipe cnn2 --as-reported
+CNN2_MODEL = CnnModel(blocks=((64,), (128,)), block_dropout=0.5, dropout=0.0)
+CNN2_REPORTED = replace(PLAIN, model=CNN2_MODEL)
+CNN2 = replace(FAST, epochs=20.0, model=replace(CNN2_MODEL, block_dropout=0.1))
+
+# Four convolutions, each with BatchNorm, ReLU and max pooling, dropout 0.5 before the last layer. Reported: 77.70 % at
+# the end on validation images, 78.60 % at best, 76.63 % on the test set. Chosen: 32, 64, 128, 256 channels, batch 64.
+#   fastcifar train --recipe cnn4 --as-reported
+CNN4_REPORTED = replace(PLAIN, batch_size=64, epochs=10.0, model=CnnModel())
+CNN4 = replace(FAST, epochs=15.0, model=CnnModel(dropout=0.1))
+
+# Three blocks of two convolutions on CIFAR-100, then 4096-512-100 with dropout 0.5. Reported: about 60 % on validation
+# images. Chosen: StepLR's tenth after 20 and 40 of 50 epochs, as progress.
+#   fastcifar train --recipe simplecnn --as-reported
+SIMPLECNN_MODEL = CnnModel(blocks=((64, 64), (128, 128), (256, 256)), hidden=512)
+SIMPLECNN_REPORTED = replace(
+    PLAIN,
+    batch_size=32,
+    model=SIMPLECNN_MODEL,
+    augment=Augment(crop_px=4, border="black", flip="random"),
+    optim=ClassicOptim(name="adam", lr=1e-3, weight_decay=5e-4, schedule="step", step=0.4),
+)
+SIMPLECNN = replace(FAST, epochs=20.0, model=SIMPLECNN_MODEL)
+
+# Eleven dynamic blocks: k coefficients from the mean of each channel, k convolutions combined by them, the input added,
+# BatchNorm, leaky ReLU. Reported: 83.67 % on the test set at the end, 85.22 % at best. Chosen: k = 4, softmax,
+# three blocks each of 64, 128 and 256 channels and two of 512, pooled where the width changes.
+#   fastcifar train --recipe dynamic11 --as-reported
+DYNAMIC11_MODEL = DynamicModel(groups=((64,) * 3, (128,) * 3, (256,) * 3, (512,) * 2))
+DYNAMIC11_REPORTED = replace(
+    PLAIN,
+    batch_size=256,
+    epochs=25.0,
+    model=DYNAMIC11_MODEL,
+    optim=ClassicOptim(name="adam", lr=1e-3, weight_decay=5e-4),
+)
+DYNAMIC11 = replace(FAST, epochs=8.0, model=DYNAMIC11_MODEL)
+
+# Four blocks of four parallel convolutions, each with BatchNorm and ReLU, combined by softmax coefficients, residual.
+# Reported: 92.15 % on the test set. Chosen: linear layers of 256 and 128 before the last, jitter of 0.2.
+#   fastcifar train --recipe dynamic4 --as-reported
+DYNAMIC4_MODEL = DynamicModel(groups=((64, 128), (256, 512)), norm_experts=True, hidden=(256, 128), dropouts=(0.4, 0.3))
+DYNAMIC4_REPORTED = replace(
+    PLAIN,
+    batch_size=512,
+    epochs=100.0,
+    label_smoothing=0.3,
+    dtype="bfloat16",
+    model=DYNAMIC4_MODEL,
+    augment=Augment(crop_px=4, border="black", flip="random", rotate_deg=15.0, brightness=0.2, contrast=0.2),
+    optim=ClassicOptim(
+        name="sgd", lr=0.15, momentum=0.95, weight_decay=1e-3, schedule="one-cycle", warmup=0.3, clip_norm=0.5
+    ),
+)
+DYNAMIC4 = replace(FAST, epochs=10.0, model=DYNAMIC4_MODEL)
+
+# torchvision's ResNet-34 on CIFAR-100, from scratch. Reported: about 49 % on validation images. Chosen: mixup's beta
+# distribution of 1, shifts by up to 4 onto black.
+#   fastcifar train --recipe resnet34 --as-reported
+RESNET34_REPORTED = replace(
+    PLAIN,
+    batch_size=32,
+    epochs=100.0,
+    label_smoothing=0.1,
+    mix="mixup",
+    model=ResNet34Model(),
+    augment=Augment(crop_px=4, border="black", flip="random"),
+    optim=ClassicOptim(
+        name="sgd", lr=0.01, momentum=0.9, nesterov=False, weight_decay=5e-4, schedule="cosine", clip_norm=1.0
+    ),
+)
+RESNET34 = replace(FAST, epochs=30.0, model=ResNet34Model())
+
+NAMED = {
+    "speed": Named(
+        "whitened convnet, Muon, growing images: CIFAR-10 and CIFAR-100 in minutes on a CPU, seconds on a GPU", SPEED
+    ),
+    "mlp": Named("a report's network without convolutions: 3072-512-10", MLP, MLP_REPORTED),
+    "cnn2": Named("a report's two convolutions of 64 and 128 channels", CNN2, CNN2_REPORTED),
+    "cnn4": Named("a report's four convolutions, dropout before the last layer", CNN4, CNN4_REPORTED),
+    "simplecnn": Named("a report's three blocks of two convolutions", SIMPLECNN, SIMPLECNN_REPORTED, "cifar100"),
+    "dynamic11": Named("a report's eleven blocks of dynamic convolutions", DYNAMIC11, DYNAMIC11_REPORTED),
+    "dynamic4": Named("a report's four blocks of four normalised convolutions", DYNAMIC4, DYNAMIC4_REPORTED),
+    "resnet34": Named("a report's ResNet-34 from scratch", RESNET34, RESNET34_REPORTED, "cifar100"),
 }
 
 
-def find_recipe(name: str) -> Recipe:
+def find_named(name: str) -> Named:
     """Raises UsageError for an unknown name."""
-    if name not in RECIPES:
+    if name not in NAMED:
         raise UsageError(
-            f"--recipe: there is no recipe {name!r}; there is {', '.join(RECIPES)}.", "fastcifar recipes list"
+            f"--recipe: there is no recipe {name!r}; there is {', '.join(NAMED)}.", "fastcifar recipes list"
         )
-    return RECIPES[name]
+    return NAMED[name]
+
+
+def find_recipe(name: str, as_reported: bool = False) -> Recipe:
+    """Raises UsageError for an unknown name, or one that comes from no report."""
+    named = find_named(name)
+    if as_reported and named.reported is None:
+        raise UsageError(f"--as-reported: recipe {name} comes from no report.", f"fastcifar train --recipe {name}")
+    return named.reported if as_reported and named.reported else named.recipe

@@ -7,8 +7,8 @@ import torch
 from fastcifar.devices import peak_memory_bytes
 from fastcifar.evaluate import Evaluation
 from fastcifar.job import Job
-from fastcifar.recipes import Tta
 from fastcifar.run import source_commit
+from fastcifar.settings import Tta
 from fastcifar.setup import Setup
 
 

@@ -4,7 +4,7 @@ Shapes: N images, B of a batch, C channels, H rows, W columns.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -24,10 +24,14 @@ from fastcifar.evaluate import predict
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.loaders.feed import Feed, open_feed, pick_feed
 from fastcifar.loaders.loader import Loader
+from fastcifar.models.cnn import build_cnn
+from fastcifar.models.dynamicnet import build_dynamicnet
+from fastcifar.models.mlp import build_mlp
+from fastcifar.models.resnet import build_resnet34
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.process import physical_cores
-from fastcifar.recipes import Recipe
+from fastcifar.settings import CnnModel, DynamicModel, MlpModel, Recipe, ResNet34Model
 
 EVALUATION_BATCH = 1000
 SMALLEST_BATCH = 125  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
@@ -47,7 +51,7 @@ class Setup:
     loader: Loader
     test_loader: Loader
     held_out_loader: Loader | None
-    model: SpeedNet
+    model: nn.Module
     forward: nn.Module
     optimizers: list[Optimizer]
     compile_s: float
@@ -86,7 +90,8 @@ def set_up(job: Job, display: Display) -> Setup:
     x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, images)))
     compile_s = time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
-    model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
+    if isinstance(model, SpeedNet):
+        model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / (look_s * LOOKS_A_STEP), open_named, train_loader)
@@ -145,10 +150,21 @@ def hold_out(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return order_N[count:].sort().values, order_N[:count].sort().values
 
 
-def build_model(recipe: Recipe, classes: int, seed: int) -> SpeedNet:
+def build_model(recipe: Recipe, classes: int, seed: int) -> nn.Module:
     """The recipe's model with fresh weights, channels-last, on the CPU."""
     torch.manual_seed(seed)
-    return SpeedNet(classes, recipe.model.widths).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    match recipe.model:
+        case MlpModel():
+            model = build_mlp(classes, **asdict(recipe.model))
+        case CnnModel():
+            model = build_cnn(classes, **asdict(recipe.model))
+        case DynamicModel():
+            model = build_dynamicnet(classes, **asdict(recipe.model))
+        case ResNet34Model():
+            model = build_resnet34(classes)
+        case _:
+            model = SpeedNet(classes, recipe.model.widths)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fit_batch_size(recipe: Recipe, budget_s: float, look_s: float) -> int:
@@ -163,16 +179,17 @@ def fit_batch_size(recipe: Recipe, budget_s: float, look_s: float) -> int:
     return batch_size
 
 
-def warm_up(forward: nn.Module, model: SpeedNet, recipe: Recipe, x_BCHW: torch.Tensor) -> float:
+def warm_up(forward: nn.Module, model: nn.Module, recipe: Recipe, x_BCHW: torch.Tensor) -> float:
     """Run every shape and kind of step once, forward and backward, to compile them; returns the seconds it took.
 
     Weights, statistics and gradients are left as they were.
     """
     began_s = time.monotonic()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert model.whiten.bias is not None
-    for learns in (False, True):
-        model.whiten.bias.requires_grad_(learns)
+    whiten_bias = model.whiten.bias if isinstance(model, SpeedNet) else None
+    for learns in (True,) if whiten_bias is None else (False, True):
+        if whiten_bias is not None:
+            whiten_bias.requires_grad_(learns)
         for image_px in {stage.image_px for stage in recipe.stages}:
             with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
                 logits_BK = forward(resize(x_BCHW, image_px))
@@ -192,7 +209,7 @@ def time_loading(loader: Loader) -> float:
     return (time.monotonic() - began_s) / len(ids_M)
 
 
-def time_a_look(model: SpeedNet, loader: Loader) -> float:
+def time_a_look(model: nn.Module, loader: Loader) -> float:
     """Seconds that the model takes to classify one image: the second of two batches, which finds memory ready."""
     model.eval()
     x_BCHW = loader.take(torch.arange(min(500, len(loader.labels_N))))

@@ -10,24 +10,28 @@ Shapes: B images of a batch, C channels, H rows, W columns, K classes.
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from fastcifar.budget import Knot, Pace, stage_at
+from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.evaluate import accuracy, evaluate
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import Job
 from fastcifar.optim.schedule import set_learning_rates
-from fastcifar.recipes import Recipe, Tta
 from fastcifar.report import write_report
 from fastcifar.result import describe_result
 from fastcifar.run import Checkpoint, Metrics, RunFolder
+from fastcifar.settings import ClassicOptim, Recipe, Tta
 from fastcifar.setup import Setup, resize, set_up
 
 CHECKPOINT_EVERY_S = 30.0
@@ -127,7 +131,7 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
             if progress >= 1:
                 return
             image_px = stage_at(recipe.stages, progress).image_px
-            lr = set_learning_rates(setup.optimizers, pace.middle(position.step), recipe.optim.warmup)
+            lr = set_learning_rates(setup.optimizers, pace.middle(position.step), recipe.optim)
             loss, hits = train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
@@ -151,15 +155,35 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the loss summed over the batch and the number of right answers, unread."""
     setup.model.train()
+    target = y_B
+    if recipe.mix != "none":
+        x_BCHW, target = mix(recipe, len(setup.dataset.class_names), x_BCHW, y_B)
     with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
         logits_BK = setup.forward(x_BCHW).float()
-    loss = F.cross_entropy(logits_BK, y_B, label_smoothing=recipe.label_smoothing, reduction="sum")
-    scaler.scale(loss).backward()
+    loss = F.cross_entropy(logits_BK, target, label_smoothing=recipe.label_smoothing, reduction="sum")
+    scaler.scale(loss if recipe.optim.sums_loss else loss / len(y_B)).backward()
     for optimizer in setup.optimizers:
+        if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(setup.model.parameters(), recipe.optim.clip_norm)
         scaler.step(optimizer)
     scaler.update()
     setup.model.zero_grad(set_to_none=True)
     return loss.detach(), (logits_BK.detach().argmax(1) == y_B).sum()
+
+
+@cache
+def mixer(name: str, alpha: float, classes: int):
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    return {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=alpha, num_classes=classes)
+
+
+def mix(recipe: Recipe, classes: int, x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+    """torchvision's mixup or cutmix of a batch: images, and the share of each class in them [B, K]."""
+    x_BCHW, target_BK = mixer(recipe.mix, recipe.mix_alpha, classes)(x_BCHW, y_B)
+    return x_BCHW.contiguous(memory_format=torch.channels_last), target_BK.float()
 
 
 def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
@@ -169,7 +193,7 @@ def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
         raise DivergedError(
             f"Training diverged: the loss is {row['loss']} at step {row['step']}, "
             f"the learning rate at {row['lr']:.0%} of its peak.",
-            f"--optim.muon_lr {recipe.optim.muon_lr / 2:g} --optim.head_lr {recipe.optim.head_lr / 2:g}",
+            recipe.optim.slower(),
         )
     return row
 
@@ -198,20 +222,28 @@ def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
 def capture(setup: Setup, pace: Pace, position: Position, spent_s: float) -> Checkpoint:
     """The training as it stands, for `RunFolder.write_checkpoint`."""
     tensors = {f"model.{name}": value for name, value in setup.model.state_dict().items()}
+    tensors["random.cpu"] = torch.get_rng_state()  # what dropout draws from
+    if setup.device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(setup.device)
     for number, optimizer in enumerate(setup.optimizers):
         for weight, state in optimizer.state_dict()["state"].items():
-            tensors[f"optimizer.{number}.{weight}"] = state["momentum_buffer"]
+            tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
     return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
 
 
 def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint) -> Position:
-    """Bring model, optimizers and pace to where `capture` saw them."""
+    """Bring model, optimizers, random numbers and pace to where `capture` saw them."""
     model = {name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")}
     setup.model.load_state_dict(model)
     for number, optimizer in enumerate(setup.optimizers):
-        prefix = f"optimizer.{number}."
-        momenta = {int(n.removeprefix(prefix)): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-        state = {weight: {"momentum_buffer": momentum} for weight, momentum in momenta.items()}
+        state = defaultdict(dict)
+        for name, tensor in checkpoint.tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                weight, part = name.split(".")[2:]
+                state[int(weight)][part] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    torch.set_rng_state(checkpoint.tensors["random.cpu"])
+    if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
+        torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
     pace.knots = list(checkpoint.knots)
     return Position(checkpoint.step, checkpoint.train_s)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastcifar.budget import Knot, Pace, parse_duration, stage_at
 from fastcifar.errors import UsageError
-from fastcifar.recipes import Stage
+from fastcifar.settings import Stage
 
 STAGES = (Stage(20, 0.3), Stage(24, 0.6), Stage(32, 1.0))
 

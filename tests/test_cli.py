@@ -9,7 +9,7 @@ import yaml
 
 from fastcifar.cli import named_recipe, parse, read_job, with_underscores
 from fastcifar.errors import UsageError
-from fastcifar.recipes import RECIPES
+from fastcifar.recipes import NAMED
 
 
 def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
@@ -50,6 +50,13 @@ def test_every_verb_stands_in_the_help():
         (["train", "--target", "94"], "--target"),
         (["train", "--optim.muon_lr", "-1"], "optim.muon_lr"),
         (["train", "--optim.muon_lr", "fast"], "optim.muon_lr"),
+        (["train", "--as-reported"], "--as-reported"),
+        (["train", "--recipe", "mlp", "--optim.lr", "-1"], "optim.lr"),
+        (["train", "--recipe", "mlp", "--optim.muon_lr", "1"], "optim.muon_lr"),
+        (["train", "--recipe", "mlp", "--optim.name", "lion"], "optim.name"),
+        (["train", "--recipe", "mlp", "--model.dropout", "1.5"], "model.dropout"),
+        (["train", "--recipe", "cnn2", "--model.blocks", "[[64],[]]"], "model.blocks"),
+        (["train", "--recipe", "cnn2", "--stages", '[{"image_px": 20, "until": 1}]'], "stages"),
         (["train", "--model.widths", "[3,5]"], "model.widths"),
         (["train", "--augment.flip", "sometimes"], "augment.flip"),
         (["train", "--batch-size", "0"], "batch_size"),
@@ -195,15 +202,15 @@ def test_recipe_fields_are_overridden_by_dotted_name_and_by_file(tmp_path):
     assert job.settings.batch_size == 100
     assert job.settings.optim.muon_lr == 0.6
     assert job.settings.augment.cutout_px == 8
-    assert job.settings.optim.bias_lr == RECIPES["speed"].optim.bias_lr
-    assert job.settings.stages == RECIPES["speed"].stages
+    assert job.settings.optim.bias_lr == NAMED["speed"].recipe.optim.bias_lr
+    assert job.settings.stages == NAMED["speed"].recipe.stages
     assert job.seed == 3
 
 
 def test_what_show_prints_is_a_config(tmp_path):
     shown = fastcifar("recipes", "show", "speed")
     (tmp_path / "shown.yaml").write_text(shown.stdout)
-    assert job_of("--config", str(tmp_path / "shown.yaml")).settings == RECIPES["speed"]
+    assert job_of("--config", str(tmp_path / "shown.yaml")).settings == NAMED["speed"].recipe
     assert yaml.safe_load(shown.stdout)["recipe"] == "speed"
 
 

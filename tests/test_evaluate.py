@@ -8,7 +8,7 @@ from fastcifar.data.dataset import Split
 from fastcifar.evaluate import accuracy, evaluate, predict, predict_views, scores, top_confusions
 from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.models.speednet import SpeedNet
-from fastcifar.recipes import Tta
+from fastcifar.settings import Tta
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import cast
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from fastcifar.budget import Knot, Pace
@@ -19,14 +20,14 @@ from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
 from fastcifar.loaders.feed import import_loader
-from fastcifar.recipes import Augment, Model, Optim, Recipe, Stage, Tta
 from fastcifar.run import RunFolder
+from fastcifar.settings import Augment, ClassicOptim, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
 from fastcifar.setup import Setup, fit_batch_size, resize, set_up, warm_up
-from fastcifar.train import Position, fit, train, train_step
+from fastcifar.train import Position, capture, fit, restore, train, train_step
 
 SMALL = Recipe(
     batch_size=125,
-    model=Model(widths=(16, 32, 32)),
+    model=SpeedNetModel(widths=(16, 32, 32)),
     stages=(Stage(20, 0.5), Stage(32, 1.0)),
     tta=Tta(share=0.2),
 )
@@ -108,7 +109,7 @@ def test_a_run_leaves_everything_it_should(job, tmp_path):
 
 def test_it_learns_shapes(tmp_path):
     """A few hundred small steps on shapes10 get far beyond what pixels alone tell."""
-    recipe = replace(SMALL, batch_size=500, model=Model(widths=(32, 64, 64)))
+    recipe = replace(SMALL, batch_size=500, model=SpeedNetModel(widths=(32, 64, 64)))
     result = run_to_end(Job("speed", recipe, dataset="shapes10", device="cpu", steps=150), tmp_path / "run")
     assert result["test_acc"] > 0.9  # measured: 0.998, where a linear classifier on the pixels reaches 0.13
     assert result["test_acc_tta"] > 0.9
@@ -243,6 +244,46 @@ def test_held_out_images_are_not_trained_on():
     assert not train_images & held_out
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_momenta_and_dropout_go_on_where_they_were(job, name):
+    """Every kind of optimizer keeps state of its own, and dropout's random numbers have a place, too."""
+    optim = ClassicOptim(name=name, lr=1e-3, clip_norm=1.0)
+    settings = Recipe(batch_size=125, model=MlpModel(hidden=(16,)), optim=optim, dtype="float32")
+    job = replace(job, settings=settings, steps=12)
+
+    def begin() -> tuple[Setup, Pace]:
+        return set_up(job, Display()), Pace(settings.stages, [Knot(0, 0.0, 12)])
+
+    whole, pace = begin()
+    for _ in fit(whole, settings, pace, Position()):
+        pass
+    half, pace, position = *begin(), Position()
+    for rows in fit(half, settings, pace, position):
+        if rows[-1]["step"] >= 5:
+            break
+    kept = capture(half, pace, position, 0.0)
+    checkpoint = replace(kept, tensors={name: tensor.clone() for name, tensor in kept.tensors.items()})
+    torch.rand(7)  # someone else draws
+    rest, pace = begin()
+    for _ in fit(rest, settings, pace, restore(rest, pace, checkpoint)):
+        pass
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, rest.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("recipe", ["mlp", "cnn2"])
+def test_a_report_trains_from_the_command_line(small_cifar, tmp_path, recipe):
+    words = ["train", "--recipe", recipe, "--as-reported", "--data", str(small_cifar), "--steps", "12", "--json"]
+    done = fastcifar(*words, "--out", str(tmp_path / "run"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["recipe"] == recipe
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["as_reported"] is True
+    assert config["optim"]["name"] == "adam"
+    again = fastcifar("eval", str(tmp_path / "run"), "--device", "cpu", "--json")
+    assert again.returncode == 0, again.stderr
+
+
 @pytest.mark.parametrize("loader", ["ffcv", "dali", "torch"])
 def test_another_loader_trains_the_same_model(small_cifar, tmp_path, loader):
     """In bfloat16 all four give the same bits for this augmentation, so all that follows is the same."""
@@ -268,7 +309,7 @@ def test_auto_says_which_loader_it_took(small_cifar, tmp_path, capsys):
 
 
 def test_divergence_ends_the_run_with_its_place(job, tmp_path):
-    settings = replace(SMALL, dtype="float32", optim=Optim(head_lr=1e38))
+    settings = replace(SMALL, dtype="float32", optim=SpeedOptim(head_lr=1e38))
     with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step \d+"):
         run_to_end(replace(job, settings=settings), tmp_path / "run")
     assert not (tmp_path / "run/result.json").exists()
@@ -290,7 +331,9 @@ def test_float16_steps_as_float32_does(job):
     """The path that CUDA takes with --dtype float16, tiny and on the CPU: scaled gradients, the same update."""
     updates = []
     for dtype in (torch.float32, torch.float16):
-        setup = set_up(replace(job, settings=replace(SMALL, dtype="float32", model=Model(widths=(8, 8, 8)))), Display())
+        setup = set_up(
+            replace(job, settings=replace(SMALL, dtype="float32", model=SpeedNetModel(widths=(8, 8, 8)))), Display()
+        )
         before = {name: value.clone() for name, value in setup.model.named_parameters()}
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         x_BCHW, y_B = next(iter(setup.loader.epoch(0)))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 from fastcifar_kernels.loops import as_array, narrow
 
 # Mean and standard deviation of each channel over the CIFAR-10 training set, pixel values scaled to 0..1.

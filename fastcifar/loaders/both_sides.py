@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.loaders.augment import Draws, source_place
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 from fastcifar_kernels.loops import as_array, narrow, prefetch
 
 PIECE_IMAGES = 32  # that a thread takes at once: 4 % faster than 8, 16 or 64

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcifar.data.dataset import Split
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.augment import PLAIN, Draws
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 
 Batch = tuple[Tensor, Tensor]
 

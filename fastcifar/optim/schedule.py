@@ -4,11 +4,14 @@ The learning rate is a function of progress (0 at the start, 1 at the end), not 
 serves a run of fixed length and one that fits itself into a budget.
 """
 
-from torch.optim import SGD, Optimizer
+import math
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.muon import Muon
-from fastcifar.recipes import Optim
+from fastcifar.settings import ClassicOptim, Optim, SpeedOptim
 
 
 def one_cycle(progress: float, warmup: float, until: float = 1.0) -> float:
@@ -18,12 +21,43 @@ def one_cycle(progress: float, warmup: float, until: float = 1.0) -> float:
     return max(0.0, (until - progress) / (until - warmup))
 
 
-def build_optimizers(model: SpeedNet, optim: Optim, batch_size: int) -> list[Optimizer]:
+def lr_share(optim: Optim, progress: float, until: float = 1.0) -> float:
+    """Share of the peak learning rate, between 0 and 1, that the optimizer's schedule gives at this progress."""
+    schedule = optim.schedule if isinstance(optim, ClassicOptim) else "one-cycle"
+    if schedule == "one-cycle":
+        return one_cycle(progress, optim.warmup, until)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    if schedule == "step":
+        # A billionth more, so that the step that begins just there is not left behind by rounding.
+        return 0.1 ** math.floor(progress / optim.step + 1e-9) if isinstance(optim, ClassicOptim) else 1.0
+    return 1.0
+
+
+def build_optimizers(model: nn.Module, optim: Optim, batch_size: int) -> list[Optimizer]:
+    """Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning."""
+    optimizers = classic(model, optim) if isinstance(optim, ClassicOptim) else speed(model, optim, batch_size)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("until", 1.0)
+            group["lr_peak"] = group["lr"]
+    return optimizers
+
+
+def classic(model: nn.Module, optim: ClassicOptim) -> list[Optimizer]:
+    """The one for all weights."""
+    options = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+    if optim.name == "sgd":
+        return [SGD(model.parameters(), momentum=optim.momentum, nesterov=optim.nesterov, **options)]
+    return [{"adam": Adam, "adamw": AdamW}[optim.name](model.parameters(), **options)]
+
+
+def speed(model: nn.Module, optim: SpeedOptim, batch_size: int) -> list[Optimizer]:
     """Muon for the filters; SGD for whitening bias, BatchNorm biases and head.
 
-    Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning. The loss is a sum over
-    the batch, and so is the weight decay.
+    The loss is a sum over the batch, and so is the weight decay.
     """
+    assert isinstance(model, SpeedNet)
     filters = [weight for weight in model.groups.parameters() if weight.ndim == 4]
     biases = [weight for weight in model.groups.parameters() if weight.ndim == 1 and weight.requires_grad]
 
@@ -41,14 +75,10 @@ def build_optimizers(model: SpeedNet, optim: Optim, batch_size: int) -> list[Opt
         nesterov=True,
         fused=True,
     )
-    muon = Muon(filters, optim.muon_lr, optim.muon_momentum, optim.muon_steps)
-    for group in sgd.param_groups + muon.param_groups:
-        group.setdefault("until", 1.0)
-        group["lr_peak"] = group["lr"]
-    return [muon, sgd]
+    return [Muon(filters, optim.muon_lr, optim.muon_momentum, optim.muon_steps), sgd]
 
 
-def set_learning_rates(optimizers: list[Optimizer], progress: float, warmup: float) -> float:
+def set_learning_rates(optimizers: list[Optimizer], progress: float, optim: Optim) -> float:
     """Bring every group to its place on the schedule; returns the share of the peak, between 0 and 1.
 
     A group that has stopped learning asks for no gradient any more: without the whitening bias, the backward pass ends
@@ -56,8 +86,8 @@ def set_learning_rates(optimizers: list[Optimizer], progress: float, warmup: flo
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_peak"] * one_cycle(progress, warmup, group["until"])
+            group["lr"] = group["lr_peak"] * lr_share(optim, progress, group["until"])
             if progress >= group["until"]:
                 for weight in group["params"]:
                     weight.requires_grad_(False)
-    return one_cycle(progress, warmup)
+    return lr_share(optim, progress)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fastcifar.loaders import augment as aug
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 
 IMAGES_NHWC = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8))
 EVERYTHING = Augment(crop_px=4, flip="random", cutout_px=9, brightness=0.2, contrast=0.3)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.both_sides import PIECE_IMAGES, BothSides
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 
 IMAGES_NHWC = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (60, 32, 32, 3), np.uint8))
 

@@ -13,7 +13,7 @@ import torch
 from fastcifar.data.digest import content_digest
 from fastcifar.loaders.augment import MEAN_C, STD_C
 from fastcifar.loaders.torchvision import Drawn, outlive_sigterm
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 
 EVERYTHING = Augment(
     crop_px=4, border="black", flip="random", rotate_deg=15.0, brightness=0.1, contrast=0.2, cutout_px=9

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastcifar.loaders import augment
-from fastcifar.recipes import Augment
+from fastcifar.settings import Augment
 
 
 @pytest.fixture

@@ -1,0 +1,49 @@
+"""Convnets of dynamic convolutions: at every layer each image chooses how to mix K sets of filters.
+
+Shapes: N images, C channels, H rows, W columns, K classes.
+"""
+
+from torch import nn
+
+from fastcifar.models.dynamic import DynamicConv2d, Form
+
+
+def build_dynamicnet(
+    classes: int,
+    groups: tuple[tuple[int, ...], ...],
+    experts: int = 4,
+    norm_experts: bool = False,
+    form: Form = "outputs",
+    hidden: tuple[int, ...] = (),
+    dropouts: tuple[float, ...] = (),
+) -> nn.Sequential:
+    """Normalised images [N, 3, H, W], channels-last, to logits [N, K].
+
+    Args:
+        groups: channels of the blocks, with a 2x2 max pooling between two groups.
+        norm_experts: BatchNorm and ReLU on each expert's output, before they are combined and the block's input is
+            added; otherwise BatchNorm and leaky ReLU after that.
+        form: where the experts are combined (DynamicConv2d); with `norm_experts` only "outputs".
+        hidden, dropouts: width of each linear layer before the last, with BatchNorm and ReLU, and the dropout after it.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for number, group in enumerate(groups):
+        if number:
+            layers.append(nn.MaxPool2d(2))
+        for width in group:
+            layers.append(DynamicConv2d(channels, width, experts, norm=norm_experts, residual=True, form=form))
+            if not norm_experts:
+                layers += [nn.BatchNorm2d(width), nn.LeakyReLU()]
+            channels = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for width, dropout in zip(hidden, dropouts, strict=True):
+        layers += [nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
+        channels = width
+    model = nn.Sequential(*layers, nn.Linear(channels, classes))
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.kaiming_normal_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    return model
