@@ -7,7 +7,7 @@ from fastcifar.budget import Knot, parse_duration
 from fastcifar.errors import UsageError
 from fastcifar.settings import Recipe
 
-HELD_OUT = 5000  # training images kept aside to judge --target
+HELD_OUT = 5000  # training images kept aside for --target and --validate
 LIMITS = ("budget", "plan", "steps", "epochs")  # the first one set counts
 
 
@@ -24,6 +24,7 @@ class Job:
         loader: what feeds the training (`loaders/feed.py`); "auto" measures.
         workers: threads or processes that make batches; None is one for each core.
         target: stop at this accuracy on 5,000 training images that are held out for it.
+        validate: hold those images out and look at them, but train to the end.
         fallback_dataset: trained on when `dataset` is nowhere to be found.
         as_reported: the settings began as those of the report that the recipe comes from.
     """
@@ -40,6 +41,7 @@ class Job:
     plan: list[Knot] = field(default_factory=list)
     steps: int | None = None
     target: float | None = None
+    validate: bool = False
     fallback_dataset: str | None = None
     as_reported: bool = False
 

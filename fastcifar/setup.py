@@ -67,7 +67,7 @@ def set_up(job: Job, display: Display) -> Setup:
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
     torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
-    train_N, held_out_N = hold_out(dataset, HELD_OUT) if job.target else (None, None)
+    train_N, held_out_N = hold_out(dataset, HELD_OUT) if job.target or job.validate else (None, None)
     images = len(dataset.train) if train_N is None else len(train_N)
     if recipe.batch_size > images:
         raise UsageError(
@@ -145,7 +145,7 @@ def hold_out(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(places of the other training images, of `count` of them, always the same). Raises UsageError: that is all."""
     images = len(dataset.train)
     if images <= count:
-        raise UsageError(f"--target: holds out {count} training images, {dataset.name} has {images}.", "--epochs 10")
+        raise UsageError(f"--target and --validate hold out {count} training images, {dataset.name} has {images}.", "--epochs 10")
     order_N = torch.from_numpy(np.random.default_rng(0).permutation(images))
     return order_N[count:].sort().values, order_N[:count].sort().values
 

@@ -107,7 +107,7 @@ def test_a_batch_larger_than_the_set_ends_with_2(small_cifar, tmp_path):
 def test_a_target_needs_images_to_hold_out(small_cifar, tmp_path):
     done = fastcifar("train", "--data", str(small_cifar), "--target", "0.9", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
-    assert "--target: holds out 5000 training images, cifar10 has 2000" in done.stderr
+    assert "--target and --validate hold out 5000 training images, cifar10 has 2000" in done.stderr
 
 
 def test_divergence_ends_with_4(small_cifar, tmp_path):

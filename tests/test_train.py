@@ -223,6 +223,15 @@ def test_time_spent_before_an_interruption_counts(job, tmp_path):
         train(job, folder, Display(), setup_began)
 
 
+def test_validation_trains_to_the_end_and_says_what_it_saw(tmp_path):
+    shapes = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=12, validate=True)
+    result = run_to_end(shapes, tmp_path / "run")
+    assert result["steps"] == 12
+    seen = [row["val_accuracy"] for row in rows(tmp_path / "run") if "val_accuracy" in row]
+    assert len(seen) > 1
+    assert result["val_acc"] == seen[-1]
+
+
 def test_target_stops_early(small_cifar, tmp_path):
     job = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=2000, target=0.3)
     result = run_to_end(job, tmp_path / "run")
