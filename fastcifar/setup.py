@@ -31,7 +31,7 @@ from fastcifar.models.resnet import build_resnet34
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.process import physical_cores
-from fastcifar.settings import CnnModel, DynamicModel, MlpModel, Recipe, ResNet34Model
+from fastcifar.settings import CnnModel, DynamicModel, MlpModel, Recipe, ResNet34Model, SpeedNetModel
 
 EVALUATION_BATCH = 1000
 SMALLEST_BATCH = 125  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
@@ -90,7 +90,7 @@ def set_up(job: Job, display: Display) -> Setup:
     x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, images)))
     compile_s = time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
-    if isinstance(model, SpeedNet):
+    if isinstance(model, SpeedNet) and isinstance(recipe.model, SpeedNetModel):
         model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
@@ -145,7 +145,9 @@ def hold_out(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(places of the other training images, of `count` of them, always the same). Raises UsageError: that is all."""
     images = len(dataset.train)
     if images <= count:
-        raise UsageError(f"--target and --validate hold out {count} training images, {dataset.name} has {images}.", "--epochs 10")
+        raise UsageError(
+            f"--target and --validate hold out {count} training images, {dataset.name} has {images}.", "--epochs 10"
+        )
     order_N = torch.from_numpy(np.random.default_rng(0).permutation(images))
     return order_N[count:].sort().values, order_N[:count].sort().values
 

@@ -20,6 +20,7 @@ from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
 from fastcifar.loaders.feed import import_loader
+from fastcifar.models.speednet import SpeedNet
 from fastcifar.run import RunFolder
 from fastcifar.settings import Augment, ClassicOptim, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
 from fastcifar.setup import Setup, fit_batch_size, resize, set_up, warm_up
@@ -331,9 +332,9 @@ def test_warming_up_leaves_no_trace(job):
     warm_up(setup.model, setup.model, SMALL, setup.loader.take(torch.arange(16)))
     assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
     assert all(weight.grad is None for weight in setup.model.parameters())
-    bias = setup.model.whiten.bias
-    assert bias is not None
-    assert bias.requires_grad
+    assert isinstance(setup.model, SpeedNet)
+    assert setup.model.whiten.bias is not None
+    assert setup.model.whiten.bias.requires_grad
 
 
 def test_float16_steps_as_float32_does(job):
