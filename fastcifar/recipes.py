@@ -140,6 +140,19 @@ RESNET34_REPORTED = replace(
 )
 RESNET34 = replace(FAST, epochs=30.0, model=ResNet34Model())
 
+# The same from ImageNet's weights, which are downloaded, or read with --model.weights FILE. Reported: no figure.
+#   fastcifar train --recipe resnet34-pretrained --as-reported
+PRETRAINED = ResNet34Model(weights="imagenet")
+RESNET34_PRETRAINED_REPORTED = replace(
+    RESNET34_REPORTED,
+    batch_size=64,
+    model=PRETRAINED,
+    optim=ClassicOptim(
+        name="sgd", lr=0.1, momentum=0.9, nesterov=False, weight_decay=5e-4, schedule="cosine", clip_norm=1.0
+    ),
+)
+RESNET34_PRETRAINED = replace(FAST, epochs=15.0, model=PRETRAINED)
+
 NAMED = {
     "speed": Named(
         "whitened convnet, Muon, growing images: CIFAR-10 and CIFAR-100 in minutes on a CPU, seconds on a GPU", SPEED
@@ -151,6 +164,9 @@ NAMED = {
     "dynamic11": Named("a report's eleven blocks of dynamic convolutions", DYNAMIC11, DYNAMIC11_REPORTED),
     "dynamic4": Named("a report's four blocks of four normalised convolutions", DYNAMIC4, DYNAMIC4_REPORTED),
     "resnet34": Named("a report's ResNet-34 from scratch", RESNET34, RESNET34_REPORTED, "cifar100"),
+    "resnet34-pretrained": Named(
+        "the same from ImageNet's weights", RESNET34_PRETRAINED, RESNET34_PRETRAINED_REPORTED, "cifar100"
+    ),
 }
 
 

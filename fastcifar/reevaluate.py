@@ -22,7 +22,7 @@ def reevaluate(run: Path, job: Job, display: Display) -> dict:
     """
     recipe, device = job.settings, pick_device(job.device)
     dataset = open_dataset(job, display)
-    model = build_model(recipe, len(dataset.class_names), job.seed)
+    model = build_model(recipe.from_scratch(), len(dataset.class_names), job.seed)
     try:
         model.load_state_dict(RunFolder.open(run).read_model())
     except RuntimeError as error:

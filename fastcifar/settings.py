@@ -4,7 +4,7 @@ Nothing here imports torch, so `fastcifar recipes list` and `--help` answer at o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from fastcifar.errors import UsageError
@@ -110,8 +110,13 @@ class DynamicModel:
 
 @dataclass(frozen=True)
 class ResNet34Model:
-    """torchvision's ResNet-34 (`models/resnet.py`); nothing to choose."""
+    """torchvision's ResNet-34 (`models/resnet.py`).
 
+    Args:
+        weights: to begin with: a file of torchvision's for ImageNet, "imagenet" to download it, or "" for random ones.
+    """
+
+    weights: str = ""
     any_size: ClassVar[bool] = True
 
     def checks(self) -> Iterator[Check]:
@@ -288,6 +293,10 @@ class Recipe:
     optim: Optim = field(default_factory=SpeedOptim)
     stages: tuple[Stage, ...] = (Stage(image_px=32, until=1.0),)
     tta: Tta = field(default_factory=Tta)
+
+    def from_scratch(self) -> "Recipe":
+        """The same without weights to begin with, for a model that is given its own."""
+        return replace(self, model=ResNet34Model()) if isinstance(self.model, ResNet34Model) else self
 
     def checks(self) -> Iterator[Check]:
         yield "batch_size", "at least 1", self.batch_size >= 1

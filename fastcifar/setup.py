@@ -163,7 +163,7 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> nn.Module:
         case DynamicModel():
             model = build_dynamicnet(classes, **asdict(recipe.model))
         case ResNet34Model():
-            model = build_resnet34(classes)
+            model = build_resnet34(classes, recipe.model.weights)
         case _:
             model = SpeedNet(classes, recipe.model.widths)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -61,8 +61,9 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     checkpoint = folder.read_checkpoint() if resume else None
     if checkpoint is not None:
         started_s -= checkpoint.spent_s
-    setup = set_up(job, display)
-    recipe = replace(setup.recipe, min_steps=0)
+    # The weights that a checkpoint brings replace those that the recipe begins with.
+    setup = set_up(replace(job, settings=job.settings.from_scratch()) if checkpoint else job, display)
+    recipe = replace(setup.recipe, min_steps=0, model=job.settings.model)
     display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
     if setup.feed.pack is not None:
         display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fastcifar.budget import Knot, Pace
+from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.job import Job
@@ -389,3 +390,20 @@ def test_compiled_training_equals_eager_training(job):
     warm_up(setup.forward, setup.model, SMALL, setup.loader.take(torch.arange(125)))
     compiled, _ = losses(setup, knots)
     assert compiled == pytest.approx(eager, rel=0.01)
+
+
+def test_a_resnet_begins_with_the_weights_of_a_file_and_is_judged_without_it(small_cifar, tmp_path):
+    import_torchvision()
+    from torchvision.models import resnet34
+
+    torch.save(resnet34().state_dict(), tmp_path / "imagenet.pth")
+    words = ["train", "--recipe", "resnet34-pretrained", "--model.weights", str(tmp_path / "imagenet.pth")]
+    words += ["--dataset", "cifar10", "--data", str(small_cifar), "--steps", "2", "--batch-size", "50"]
+    done = fastcifar(*words, "--out", str(tmp_path / "run"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "imagenet.pth").unlink()
+    again = fastcifar("eval", str(tmp_path / "run"), "--device", "cpu")
+    assert again.returncode == 0, again.stderr
+    refused = fastcifar(*words, "--out", str(tmp_path / "other"), "--device", "cpu")
+    assert refused.returncode == 3
+    assert "imagenet.pth" in refused.stderr
