@@ -23,14 +23,13 @@ def one_cycle(progress: float, warmup: float, until: float = 1.0) -> float:
 
 def lr_share(optim: Optim, progress: float, until: float = 1.0) -> float:
     """Share of the peak learning rate, between 0 and 1, that the optimizer's schedule gives at this progress."""
-    schedule = optim.schedule if isinstance(optim, ClassicOptim) else "one-cycle"
-    if schedule == "one-cycle":
+    if isinstance(optim, SpeedOptim) or optim.schedule == "one-cycle":
         return one_cycle(progress, optim.warmup, until)
-    if schedule == "cosine":
+    if optim.schedule == "cosine":
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    if schedule == "step":
+    if optim.schedule == "step":
         # A billionth more, so that the step that begins just there is not left behind by rounding.
-        return 0.1 ** math.floor(progress / optim.step + 1e-9) if isinstance(optim, ClassicOptim) else 1.0
+        return 0.1 ** math.floor(progress / optim.step + 1e-9)
     return 1.0
 
 
