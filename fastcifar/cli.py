@@ -3,27 +3,19 @@
 Whatever needs torch is imported inside the verbs, so that `fastcifar --help` answers in a fifth of a second.
 """
 
-import argparse
 import json
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import Namespace
 
-from fastcifar import __version__
-from fastcifar.budget import Knot
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
-from fastcifar.recipes import NAMED, find_named, find_recipe
-from fastcifar.settings import Recipe
-
-DATASETS = Literal["cifar10", "cifar100", "shapes10"]
-LOADERS = Literal["resident", "ffcv", "dali", "torch"]
-DEFAULT_RECIPE = "speed"
+from fastcifar.parsers import parse, read_job
+from fastcifar.recipes import NAMED, find_recipe
 
 
 def main(words: list[str] | None = None) -> int:
@@ -201,193 +193,3 @@ def saved_job(run: Path) -> Job:
 
     words = ["train", "--config", str(RunFolder.open(run).path / "config.yaml")]
     return read_job(parse(words)["train"])
-
-
-def read_job(chosen: Namespace) -> Job:
-    """The job that the flags of `train` describe. Raises UsageError."""
-    limits = [f"--{name}" for name in ("budget", "epochs", "steps") if chosen[name] is not None]
-    if len(limits) > 1:
-        raise UsageError(f"{' and '.join(limits)} cannot both say how long to train.", f"only {limits[0]}")
-    recipe = {field.name: chosen[field.name] for field in fields(Recipe) if field.name != "epochs"}
-    found = find_recipe(chosen.recipe, chosen.as_reported)
-    epochs = found.epochs if chosen.epochs is None else chosen.epochs
-    names = [field.name for field in fields(Job) if field.name != "settings"]
-    job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
-    if chosen.data is not None:
-        job["data"] = chosen.data.expanduser().absolute()  # config.yaml may be read from another folder
-    return Job(settings=Recipe(**recipe, epochs=epochs), **job)  # type: ignore[arg-type]
-
-
-# Parsers
-
-
-def parse(words: list[str]) -> Namespace:
-    """Raises UsageError naming the flag that is wrong."""
-    parser = build_parser(words)
-    try:
-        return parser.instantiate(parser.parse_args(words))
-    except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split()), " ".join(["fastcifar", *words[:1], "--help"])) from error
-
-
-def build_parser(words: list[str]) -> ArgumentParser:
-    """The parser of all verbs; the defaults of `train` are those of the recipe that `words` name."""
-    parser = ArgumentParser(
-        prog="fastcifar",
-        description="The fastest honest way to train a CIFAR-10 or CIFAR-100 model.",
-        version=f"fastcifar {__version__}",
-        exit_on_error=False,
-    )
-    verbs = parser.add_subcommands()
-    verbs.add_subcommand("train", train_parser(words), help="train a model, inside a wall-clock budget if one is given")
-    verbs.add_subcommand(
-        "eval", eval_parser(), help="evaluate a trained run: accuracy, precision, recall, F1, confusions"
-    )
-    verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
-    verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
-    bench = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
-    verbs.add_subcommand("bench", bench, help="measure the kernels or the loaders")
-    add_benchmarks(bench)  # jsonargparse wants a parser to have its place before it gets verbs of its own
-    verbs.add_subcommand("verify-kernels", verify_parser(), help="do the kernels agree with float64, on this machine?")
-    verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
-    return parser
-
-
-def eval_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description="Evaluate a trained run on the test images.")
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--data", type=Path | None, default=None, help="where the data set is, if not where it was")
-    parser.add_argument("--loader", type=LOADERS | None, default=None, help="what reads the images, if not as trained")
-    add_workers_argument(parser)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--json", action="store_true", help="print everything on one line, the last of stdout")
-    return parser
-
-
-def data_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description="Prepare, verify, describe or convert a data set.")
-    verbs = (
-        "prepare: find or download it and write the cache file; "
-        "verify: compare every image with the official set; info: describe it; "
-        "write: write it in the format of a loading library"
-    )
-    parser.add_argument("verb", type=Literal["prepare", "verify", "info", "write"], help=verbs)
-    add_data_arguments(parser)
-    parser.add_argument("--format", type=Literal["ffcv", "dali"] | None, default=None, help="write: whose format")
-    parser.add_argument(
-        "--out", type=Path | None, default=None, help="write: the folder (default: one in the cache folder)"
-    )
-    return parser
-
-
-def recipes_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, description="List the recipes or show one.")
-    parser.add_argument(
-        "verb", type=Literal["list", "show"], help="list: a line each; show: every field, as --config takes it"
-    )
-    parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
-    parser.add_argument("--as_reported", action="store_true", help="with the hyperparameters of its report")
-    return parser
-
-
-def add_benchmarks(parser: ArgumentParser) -> None:
-    what = parser.add_subcommands()
-    kernels = ArgumentParser(exit_on_error=False, description="Each operator, forward and backward.")
-    kernels.add_argument("--out", type=Path | None, default=None, help="write one JSON line for each row to this file")
-    what.add_subcommand("kernels", kernels, help="the kernels beside eager and compiled PyTorch")
-    loaders = ArgumentParser(exit_on_error=False, description="Images a second of each loader, by number of workers.")
-    add_data_arguments(loaders)
-    loaders.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
-    loaders.add_argument(
-        "--out", type=Path | None, default=None, help="write a JSON file, and a chart (.png) beside it"
-    )
-    what.add_subcommand("loaders", loaders, help="the loaders beside what a training step takes")
-
-
-def verify_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False, description="Compare every kernel with float64; exit code 1 on a miss."
-    )
-    parser.add_argument("--op", nargs="+", type=str, default=[], help="only these operators, such as weighted_sum")
-    return parser
-
-
-def add_data_arguments(parser: ArgumentParser, dataset: str = "cifar10") -> None:
-    parser.add_argument("--dataset", type=DATASETS, default=dataset, help="what to use")
-    parser.add_argument(
-        "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree, parquet, `data write`"
-    )
-
-
-def add_workers_argument(parser: ArgumentParser) -> None:
-    help = "threads or processes that make batches (default: one for each core)"
-    parser.add_argument("--workers", type=int | None, default=None, help=help)
-
-
-def train_parser(words: list[str]) -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False,
-        description="Train a model. Any field of the recipe can be overridden by its dotted name.",
-    )
-    parser.add_argument("--config", action="config", help="a YAML file of these flags, such as runs/NAME/config.yaml")
-    parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="see `fastcifar recipes list`")
-    parser.add_argument(
-        "--as_reported", action="store_true", help="with the hyperparameters of the report that the recipe comes from"
-    )
-    name, as_reported = named_recipe(words)
-    recipe = find_recipe(name, as_reported)
-    add_data_arguments(parser, find_named(name).dataset)
-    parser.add_argument(
-        "--fallback_dataset",
-        type=Literal["shapes10"] | None,
-        default=None,
-        help="train on this one if the data set is nowhere to be found",
-    )
-    parser.add_argument(
-        "--loader", type=Literal[LOADERS, "auto"], default="resident", help="what feeds the training; auto measures"
-    )
-    add_workers_argument(parser)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
-    parser.add_argument(
-        "--budget", type=str | None, default=None, help="wall-clock from process start to result.json: 90s, 5min, 1h30m"
-    )
-    parser.add_argument(
-        "--epochs", type=float | None, default=None, help="passes over the training set, instead of a budget"
-    )
-    parser.add_argument("--steps", type=int | None, default=None, help="steps, instead of a budget")
-    parser.add_argument(
-        "--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images"
-    )
-    parser.add_argument(
-        "--validate", action="store_true", help="hold out those 5,000 and say what the model makes of them"
-    )
-    parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")
-    parser.add_argument("--out", type=Path | None, default=None, help="the run folder (default: a new one in runs/)")
-    parser.add_argument(
-        "--resume", type=Path | None, default=None, help="go on with the interrupted run in this folder"
-    )
-    parser.add_argument("--json", action="store_true", help="print result.json as the last line of stdout")
-    # A model and an optimizer are of the kind that the recipe has.
-    parser.add_class_arguments(Recipe, skip={"epochs", "model", "optim"})
-    parser.add_class_arguments(type(recipe.model), "model")
-    parser.add_class_arguments(type(recipe.optim), "optim")
-    parser.set_defaults({name: value for name, value in asdict(recipe).items() if name != "epochs"})
-    return parser
-
-
-def named_recipe(words: list[str]) -> tuple[str, bool]:
-    """The recipe that --recipe, else --config names, and whether as reported, before anything else is parsed."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config", type=Path)
-    first.add_argument("--as_reported", action="store_true")
-    known = first.parse_known_args(words)[0]
-    content = {}
-    if known.config is not None and known.config.is_file():
-        import yaml
-
-        read = yaml.safe_load(known.config.read_text())
-        content = read if isinstance(read, dict) else {}
-    name = known.recipe or content.get("recipe", DEFAULT_RECIPE)
-    return name, known.as_reported or bool(content.get("as_reported"))

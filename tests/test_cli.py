@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from fastcifar.cli import named_recipe, parse, read_job, with_underscores
+from fastcifar.cli import with_underscores
 from fastcifar.errors import UsageError
+from fastcifar.parsers import named_recipe, parse, read_job
 from fastcifar.recipes import NAMED
 
 

@@ -1,0 +1,70 @@
+"""One training of a study: a process of its own, and a run folder like any other.
+
+A training that diverges or runs out of memory takes nothing else with it, and what is found finished is not repeated.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from fastcifar.errors import EXIT_DEVICE, EXIT_DIVERGED, EXIT_INTERRUPTED, DeviceError, DivergedError, UserError
+
+
+def run_trial(words: list[str], folder: Path) -> dict:
+    """Train with these flags of `fastcifar train`, `folder` being the run folder; returns what result.json holds.
+
+    A finished run in the folder is taken as it is, an interrupted one is gone on with. Progress goes to stderr.
+
+    Raises:
+        DivergedError: the loss is no longer a number.
+        DeviceError: no such device, or not enough memory on it.
+        UserError: any other mistake that `train` names.
+        KeyboardInterrupt: a signal; the run folder keeps a checkpoint if there was time for one.
+        RuntimeError: the process died in another way.
+    """
+    if (folder / "result.json").is_file():
+        return json.loads((folder / "result.json").read_text())
+    begun = (folder / "checkpoint.safetensors").is_file()
+    flags = ["--resume", str(folder)] if begun else [*words, "--out", str(folder)]
+    command = [sys.executable, "-m", "fastcifar", "train", *flags]
+    # `train` catches a signal, writes its checkpoint and ends; Control-C reaches it by itself, a kill of us does not.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            said = "".join(echo(process))
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if process.returncode == 0:
+        return json.loads((folder / "result.json").read_text())
+    raise named(process.returncode, said)
+
+
+def echo(process: subprocess.Popen) -> list[str]:
+    """Pass on what the process says, and keep it."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        sys.stderr.write(line)
+        lines.append(line)
+    return lines
+
+
+def named(code: int, said: str) -> BaseException:
+    """The error that a training ended with."""
+    message, _, hint = said.rpartition("fastcifar: ")[2].strip().partition("\n  try: ")
+    if code == EXIT_INTERRUPTED:
+        return KeyboardInterrupt()
+    if not said.rpartition("fastcifar: ")[1]:
+        return RuntimeError(f"`fastcifar train` ended with exit code {code}.")
+    if code == EXIT_DIVERGED:
+        return DivergedError(message, hint)
+    if code == EXIT_DEVICE:
+        return DeviceError(message, hint)
+    error = UserError(message, hint)
+    error.exit_code = code
+    return error

@@ -1,0 +1,50 @@
+"""A training of a study: finished once, gone on with after a stop, its errors passed on by kind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastcifar.errors import DivergedError, UserError
+from fastcifar.studies.trial import run_trial
+
+WORDS = ["--recipe", "mlp", "--dataset", "shapes10", "--device", "cpu", "--steps", "4", "--batch_size", "100"]
+
+
+def test_finished_once(tmp_path):
+    result = run_trial(WORDS, tmp_path / "run")
+    assert result["steps"] == 4
+    written_s = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    assert run_trial(WORDS, tmp_path / "run") == result
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == written_s
+
+
+def test_errors_keep_their_kind_and_text(tmp_path):
+    with pytest.raises(UserError, match="--batch_size: 90000 is more than") as caught:
+        run_trial([*WORDS, "--batch_size", "90000"], tmp_path / "large")
+    assert caught.value.exit_code == 2
+    assert caught.value.hint.startswith("--batch_size ")
+    with pytest.raises(DivergedError):
+        run_trial([*WORDS, "--optim.lr", "1e30", "--steps", "20"], tmp_path / "diverged")
+
+
+def test_stopped_gently_it_leaves_a_checkpoint_and_goes_on(tmp_path):
+    folder, words = tmp_path / "run", [*WORDS, "--steps", "1500"]
+    call = f"run_trial({words}, Path({str(folder)!r}))"
+    program = f"from pathlib import Path; from fastcifar.studies.trial import run_trial; {call}"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    while not (folder / "checkpoint.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    stopped_at = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert 0 < stopped_at < 1500
+    assert not (folder / "result.json").exists()
+    result = run_trial(words, folder)
+    assert result["steps"] == 1500
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 1501))
