@@ -5,6 +5,8 @@ Shapes: N images, C channels, H = W = 32, K classes.
 
 from torch import nn
 
+from fastcifar.models.after_conv import AfterConv
+
 IMAGE_PX = 32
 
 
@@ -27,14 +29,13 @@ def build_cnn(
     layers: list[nn.Module] = []
     channels = 3
     for block in blocks:
-        for width in block:
+        for number, width in enumerate(block, 1):
             # BatchNorm takes away whatever a bias adds.
             layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batchnorm))
-            if batchnorm:
-                layers.append(nn.BatchNorm2d(width))
-            layers.append(nn.ReLU())
+            last = number == len(block)
+            dropped = block_dropout if last else 0.0
+            layers.append(AfterConv(width, batchnorm=batchnorm, dropout=dropped, pool=last))
             channels = width
-        layers += [nn.Dropout(block_dropout), nn.MaxPool2d(2)]
     features = channels * (IMAGE_PX >> len(blocks)) ** 2
     layers.append(nn.Flatten())
     if hidden:

@@ -5,6 +5,7 @@ Shapes: N images, C channels, H rows, W columns, K classes.
 
 from torch import nn
 
+from fastcifar.models.after_conv import AfterConv
 from fastcifar.models.dynamic import DynamicConv2d, Form
 
 
@@ -28,13 +29,14 @@ def build_dynamicnet(
     """
     layers: list[nn.Module] = []
     channels = 3
-    for number, group in enumerate(groups):
-        if number:
-            layers.append(nn.MaxPool2d(2))
-        for width in group:
+    for number, group in enumerate(groups, 1):
+        for place, width in enumerate(group, 1):
             layers.append(DynamicConv2d(channels, width, experts, norm=norm_experts, residual=True, form=form))
+            pool = place == len(group) and number < len(groups)
             if not norm_experts:
-                layers += [nn.BatchNorm2d(width), nn.LeakyReLU()]
+                layers.append(AfterConv(width, slope=0.01, pool=pool))
+            elif pool:
+                layers.append(nn.MaxPool2d(2))
             channels = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     for width, dropout in zip(hidden, dropouts, strict=True):

@@ -5,6 +5,7 @@
     aggregate_weights        k sets of filters, summed with coefficients of each sample
     scaled_copies            one feature map, scaled with each of k coefficients of its sample
     batch_statistics         the mean and variance that BatchNorm needs, in one pass
+    bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map (fused on the CPU only)
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
 tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
@@ -16,8 +17,16 @@ for filters O output channels, I input channels.
 
 from fastcifar_kernels.aggregate_weights import aggregate_weights
 from fastcifar_kernels.batch_statistics import batch_statistics
+from fastcifar_kernels.bn_relu_pool import bn_relu_pool
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum
 from fastcifar_kernels.scaled_copies import scaled_copies
 from fastcifar_kernels.weighted_sum import weighted_sum
 
-__all__ = ["aggregate_weights", "batch_statistics", "bn_relu_weighted_sum", "scaled_copies", "weighted_sum"]
+__all__ = [
+    "aggregate_weights",
+    "batch_statistics",
+    "bn_relu_pool",
+    "bn_relu_weighted_sum",
+    "scaled_copies",
+    "weighted_sum",
+]

@@ -20,15 +20,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton import knobs
 
 from fastcifar_kernels import (
     aggregate_weights,
     batch_statistics,
+    bn_relu_pool,
     bn_relu_weighted_sum,
     scaled_copies,
     tiles,
@@ -36,6 +39,7 @@ from fastcifar_kernels import (
 )
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
 from fastcifar_kernels.batch_statistics import batch_statistics_reference
+from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference, dropped_in_torch
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.guarded import guarding
 from fastcifar_kernels.scaled_copies import scaled_copies_reference
@@ -43,6 +47,18 @@ from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAKES = 4
+POOL_VARIANTS = {
+    "": {},
+    "NCHW": {},
+    "gaps": {"pool": True},
+    "eval": {"training": False},
+    "pool": {"pool": True},
+    "pool, eval": {"pool": True, "training": False},
+    "pool, leaky, no norm": {"pool": True, "slope": 0.25},
+    "leaky, no norm": {"slope": 0.25},
+    "dropout": {"dropout": 0.3},
+    "dropout, pool": {"dropout": 0.5, "pool": True},
+}
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
 statistics = sys.modules["fastcifar_kernels.batch_statistics"]
@@ -144,6 +160,20 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
         call = call_training if training else call_eval
         yield Case("bn_relu_weighted_sum", shape, variant, tensors, typed, call)
 
+    if device == "cpu" and not knobs.runtime.interpret:  # elsewhere it is plain torch
+        norm = {name: tensor[0] for name, tensor in norm.items()}
+        x_NCHW = y_NKCHW[:, 0]
+        for variant, how in POOL_VARIANTS.items():
+            pool, training = how.get("pool", False), how.get("training", True)
+            if (pool and min(h, w) < 2) or (training and n * h * w < 2):
+                continue
+            size = (h // 2, w // 2) if pool else (h, w)
+            grad_NCHW = normal(n, c, *size)
+            lying = (lambda t: t) if variant == "NCHW" else (lambda t: t.contiguous(memory_format=torch.channels_last))
+            given = {"x": lying(x_NCHW.contiguous()), "grad": lying(grad_NCHW)}
+            call = partial(call_pool, how=how)
+            yield Case("bn_relu_pool", shape, variant, given | ({} if "slope" in how else norm), typed, call)
+
     side = min(h, 3)
     w_KOIHW = normal(k, c, min(c, 8) + 1, side, side)
     lying = w_KOIHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
@@ -188,6 +218,16 @@ def call_aggregate_weights(which: str, tensors: dict[str, Tensor]) -> tuple[Tens
     return (function(tensors["w"], tensors["coef"], tensors["grad"].dtype),)
 
 
+def call_pool(which: str, tensors: dict[str, Tensor], how: dict) -> tuple[Tensor, ...]:
+    running = [tensors[name].clone() for name in ("running_mean", "running_var") if name in tensors]
+    norm = [tensors[name] for name in ("weight", "bias") if name in tensors]
+    torch.manual_seed(0)  # which elements dropout keeps is the operator's to choose: all of them get the same
+    if which == "kernel":
+        return bn_relu_pool(tensors["x"], *norm, *running, **how), *running
+    with dropped_in_torch(tensors["x"], how.get("dropout", 0.0)):
+        return bn_relu_pool_reference(tensors["x"], *norm, *running, **how), *running
+
+
 # How it is judged
 
 
@@ -196,6 +236,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
     given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
     if case.op == "bn_relu_weighted_sum":
         given["grad"] = away_from_kinks(given, training=case.call is call_training)
+    if case.op == "bn_relu_pool":
+        given["grad"] = away_from_ties(case, given)
     faults = []
     with guarding() as guard:
         gap = 1 if case.variant == "gaps" else 0
@@ -248,6 +290,27 @@ def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
         variance_KC11, mean_KC11 = torch.var_mean(y_NKCHW, dim=(0, 3, 4), correction=0, keepdim=True)
     a_NKCHW = (y_NKCHW - mean_KC11) / (variance_KC11 + 1e-5).sqrt() * exact["weight"] + exact["bias"]
     return given["grad"].where((a_NKCHW.abs() > 1e-4).all(dim=1), 0)
+
+
+def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
+    """The gradient coming in, 0 wherever any rounding may make another element the largest, or turn a slope over."""
+    values: list[Tensor] = []
+
+    def watch(x_NCHW: Tensor, *_rest) -> Tensor:
+        values.append(x_NCHW)
+        return leaky_relu(x_NCHW, *_rest)
+
+    leaky_relu = F.leaky_relu
+    exact = {name: tensor.double() for name, tensor in given.items()}
+    with mock.patch.object(F, "leaky_relu", watch):
+        out_NCHW = call_pool("reference", exact, case.call.keywords["how"] | {"pool": False})[0]
+    far_NCHW = values[0].abs() > 1e-4
+    if out_NCHW.shape != given["grad"].shape:
+        windows_NCHW4 = out_NCHW.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+        top_NCHW2 = windows_NCHW4.topk(2).values
+        far_NCHW = F.max_pool2d((~far_NCHW).double(), 2) == 0
+        far_NCHW &= top_NCHW2[..., 0] - top_NCHW2[..., 1] > 1e-4
+    return given["grad"].where(far_NCHW, 0)
 
 
 def turned(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -328,6 +391,7 @@ def main(words: list[str] | None = None) -> int:
     """Verify everything that this machine can run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
+    names.append("bn_relu_pool")  # on a CPU
     parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
     ops = parser.parse_args(words).op
     if knobs.runtime.interpret:

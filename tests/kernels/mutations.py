@@ -4,7 +4,7 @@ Each is (name, file, old text, new text, operator): the old text occurs once in 
 """
 
 WS, SC, BS = "weighted_sum", "scaled_copies", "batch_statistics"
-BN, AW = "bn_relu_weighted_sum", "aggregate_weights"
+BN, AW, BP = "bn_relu_weighted_sum", "aggregate_weights", "bn_relu_pool"
 
 TRITON = (
     # How work is cut into programs and tiles
@@ -142,4 +142,22 @@ NUMBA = (
     ("CPU: filters unscaled", "aggregate_weights.py", "coef_NK @ w_KM.float()", "coef_NK.sign() @ w_KM.float()", AW),
     ("CPU: gradient of the wrong operand", "aggregate_weights.py",
      "grad_NM @ w_KM.float().T", "grad_NM @ w_KM.float().sign().T", AW),
+    # bn_relu_pool, which is of the CPU alone
+    ("numba: slope dropped", "bn_relu_pool.py", "gain = slope if a", "gain = np.float32(0) if a", BP),
+    ("numba: mean forgotten by the pooling", "bn_relu_pool.py", "z = widen(x) - mean\n", "z = widen(x)\n", BP),
+    ("numba: the smallest of a window", "bn_relu_pool.py", "(other[0] > best[0])", "(other[0] < best[0])", BP),
+    ("numba: third of a window left out", "bn_relu_pool.py", "best = _larger(best, other, 2)", "best = best", BP),
+    ("numba: fourth taken for third", "bn_relu_pool.py", "_larger(best, other, 3)", "_larger(best, other, 2)", BP),
+    ("numba: drawn as for the first sample", "bn_relu_pool.py", "place = ((n * height + y) * width + x) * channels + c",
+     "place = (y * width + x) * channels + c", BP),
+    ("numba: odd column forgotten", "bn_relu_pool.py", "width // 2 * 2 if y < height // 2 * 2 else 0, width",
+     "width if y < height // 2 * 2 else 0, width", BP),
+    ("numba: odd row forgotten", "bn_relu_pool.py", "if y < height // 2 * 2 else 0, width",
+     "if y < height // 2 * 2 else width, width", BP),
+    ("numba: pooled gradient without gain", "bn_relu_pool.py",
+     "passed = scale_C[c] * gain * widen(grad_NHWC[n, i, j, c])",
+     "passed = scale_C[c] * widen(grad_NHWC[n, i, j, c])", BP),
+    ("CPU: gradient of the statistics in eval mode", "bn_relu_pool.py", "    if use_batch:\n        level_C",
+     "    if True:\n        level_C", BP),
+    ("CPU: pooling gradient of weight not divided", "bn_relu_pool.py", "    grad_affine_2C[1] *= rstd_C\n", "", BP),
 )  # fmt: skip

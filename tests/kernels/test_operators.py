@@ -58,6 +58,8 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
     norm = [normal(k, c, seed=4), normal(k, c, seed=5).square(), normal(k, c, seed=6), normal(k, c, seed=7)]
     w_KOIHW, filters_NOIHW = normal(k, c, 5, 3, 3), normal(n, c, 5, 3, 3, dtype=dtype)
     lying_KOIHW = normal(k, c, 3, 3, 5).permute(0, 1, 4, 2, 3)
+    row_norm, seed_2 = [tensor[0] for tensor in norm], torch.tensor([3, 2**32 - 1])
+    halved_NCHW = pixels(n, c, h // 2, w // 2, seed=8, dtype=dtype)
     return {
         "weighted_sum": [(y_NKCHW, coef_NK, None), (y_NKCHW, coef_NK, map_NCHW), (y_NKCHW[:0], coef_NK[:0], None)],
         "weighted_sum_backward": [(y_NKCHW, coef_NK, grad_NCHW), (y_NKCHW[:0], coef_NK[:0], grad_NCHW[:0])],
@@ -70,6 +72,14 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
         ],
         "bn_relu_weighted_sum_backward": [
             (y_NKCHW, coef_NK, *norm, grad_NCHW, 1e-5, use_batch) for use_batch in (True, False)
+        ],
+        "bn_relu_pool": [
+            (map_NCHW, *row_norm, seed_2, 0.1, 0.0, True, 1e-5, True),
+            (map_NCHW.contiguous(), *row_norm, seed_2, 0.0, 0.5, False, 1e-5, False),
+        ],
+        "bn_relu_pool_backward": [
+            (map_NCHW, *row_norm, seed_2, halved_NCHW, 0.1, 0.5, True, 1e-5, True),
+            (map_NCHW.contiguous(), *row_norm, seed_2, grad_NCHW, 0.0, 0.0, False, 1e-5, False),
         ],
         "aggregate_weights": [(w_KOIHW.to(dtype), coef_NK, dtype), (lying_KOIHW, coef_NK, dtype)],
         "aggregate_weights_backward": [(w_KOIHW, coef_NK, filters_NOIHW), (lying_KOIHW, coef_NK, filters_NOIHW)],
@@ -91,7 +101,7 @@ def test_every_registered_operator_is_checked():
 def test_operator_keeps_what_it_promises_to_torch(name, dtype):
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes agree with the operator."""
     for arguments in samples(2, 3, 8, 4, 4, dtype)[name]:
-        constant = {"batch_statistics": (0,), "bn_relu_weighted_sum": (2, 3)}.get(name, ())
+        constant = {"batch_statistics": (0,), "bn_relu_weighted_sum": (2, 3), "bn_relu_pool": (1, 2, 5)}.get(name, ())
         asked = tuple(
             a.detach().clone().requires_grad_(not name.endswith("_backward") and i not in constant)
             if isinstance(a, Tensor)
