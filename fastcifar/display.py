@@ -1,5 +1,6 @@
 """What a person watches while a training runs, on stderr: a live bar in a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -90,8 +91,7 @@ def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else 160)  # a file has no edge
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge
 
 
 def print_result(result: dict, folder: Path) -> None:

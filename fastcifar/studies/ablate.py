@@ -344,7 +344,8 @@ def draw(report: dict) -> bytes:
         for axes, (question, entries) in zip(row, panels.items(), strict=True):
             draw_panel(axes, question, entries)
         row[0].set_ylabel("accuracy, %")
-        row[0].legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+        legend = {label: mark for axes in row for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower left", ncols=3)
         figure.suptitle(title(report), x=0.01, ha="left", fontsize=10)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=130)
@@ -353,15 +354,15 @@ def draw(report: dict) -> bytes:
 
 def ordered(entries: list[dict]) -> list[dict]:
     """By value where all values are numbers, else as they were named."""
-    numbers = r"[-+]?[\d.]+(e[-+]?\d+)?"
-    if all(re.fullmatch(numbers, entry["value"]) for entry in entries):
-        return sorted(entries, key=lambda entry: float(entry["value"]))
-    return entries
+    return sorted(entries, key=lambda entry: float(entry["value"])) if are_numbers(entries) else entries
+
+
+def are_numbers(entries: list[dict]) -> bool:
+    return all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", entry["value"]) for entry in entries)
 
 
 def draw_panel(axes, question: str, entries: list[dict]) -> None:
     """One question's points, evenly spaced: values of a sweep are often far apart, or begin with 0."""
-    numbers = entries == ordered(list(reversed(entries)))  # only an order of values survives that
     for figure, colour, shift, label in (
         ("val_acc", SECOND, -0.08, "held out, at the end"),
         ("test_acc_tta", ACCENT, 0.08, "test, with TTA"),
@@ -370,7 +371,7 @@ def draw_panel(axes, question: str, entries: list[dict]) -> None:
         where = [x for x, _ in points]
         means = [100 * entry["mean"][figure] for _, entry in points]
         spreads = [100 * (entry["spread"][figure] or 0) for _, entry in points]
-        style = "o-" if numbers and len(entries) > 1 else "o"
+        style = "o-" if are_numbers(entries) else "o"
         axes.errorbar(
             where, means, spreads, fmt=style, color=colour, markersize=5, linewidth=1, elinewidth=1.4, capsize=3,
             label=label,
@@ -379,10 +380,17 @@ def draw_panel(axes, question: str, entries: list[dict]) -> None:
         if not entry["mean"]:
             axes.text(x, 0.04, "diverged", transform=axes.get_xaxis_transform(), ha="center", color=SECOND, rotation=90)
         elif entry["as_recipe"]:
-            axes.axhline(100 * entry["mean"]["test_acc_tta"], color="#8c959f", linewidth=0.8, linestyle="--", zorder=0)
+            axes.axhline(
+                100 * entry["mean"]["test_acc_tta"],
+                color="#8c959f",
+                linewidth=0.8,
+                linestyle="--",
+                zorder=0,
+                label="test, the recipe as it is",
+            )
     labels = [entry["value"].replace("_", "\n") for entry in entries] if question == "without" else None
     axes.set_xticks(range(len(entries)), labels or [entry["value"] for entry in entries])
     axes.set_xlim(-0.5, len(entries) - 0.5)
-    axes.set_title("without" if question == "without" else question, loc="left")
+    axes.set_title(question, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
