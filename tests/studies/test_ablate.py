@@ -113,7 +113,7 @@ def test_another_command_does_not_go_on_with_it(study, capsys):
 
 def test_stopped_it_goes_on(tmp_path):
     folder = tmp_path / "study"
-    words = ["ablate", "mlp", "--vary", "dropout=0,0.1", *TINY, "--steps", "400", "--out", str(folder)]
+    words = ["ablate", "mlp", "--vary", "dropout=0,0.1", *TINY, "--steps", "200", "--out", str(folder)]
     process = subprocess.Popen([sys.executable, "-m", "fastcifar", *words], stderr=subprocess.PIPE, text=True)
     first, second = folder / "dropout=0" / "seed0", folder / "dropout=0.1" / "seed0"
     while not (second / "checkpoint.safetensors").exists():
@@ -130,7 +130,7 @@ def test_stopped_it_goes_on(tmp_path):
     assert fastcifar(*words).returncode == 0
     assert (first / "result.json").stat().st_mtime_ns == finished
     steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 201))
 
 
 @pytest.mark.parametrize(
