@@ -1,7 +1,8 @@
 """What a person watches while a training runs, on stderr: a live bar in a terminal, plain lines elsewhere."""
 
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -81,6 +82,16 @@ def print_table(rows: Iterable[tuple[str, str]]) -> None:
     for name, value in rows:
         table.add_row(name, Text(value))
     Console(highlight=False).print(table)
+
+
+def print_columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table with headings: words to the left, the figures beside them to the right."""
+    table = Table(box=None, pad_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge
 
 
 def print_result(result: dict, folder: Path) -> None:

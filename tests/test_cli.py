@@ -22,7 +22,17 @@ def job_of(*words: str):
     return read_job(parse(["train", *map(with_underscores, words)])["train"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["recipes", "list"], ["--version"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["ablate", "--help"],
+        ["reproduce", "mlp", "--help"],
+        ["recipes", "list"],
+        ["--version"],
+    ],
+)
 def test_what_needs_no_torch_does_not_import_it(words):
     script = (
         f"import sys; from fastcifar.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
@@ -35,7 +45,7 @@ def test_what_needs_no_torch_does_not_import_it(words):
 
 def test_every_verb_stands_in_the_help():
     shown = fastcifar("--help").stdout
-    for verb in ("train", "eval", "data", "recipes", "doctor"):
+    for verb in ("train", "eval", "data", "recipes", "ablate", "reproduce", "doctor"):
         assert verb in shown
 
 

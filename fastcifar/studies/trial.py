@@ -57,7 +57,7 @@ def echo(process: subprocess.Popen) -> list[str]:
 def named(code: int, said: str) -> BaseException:
     """The error that a training ended with."""
     message, _, hint = said.rpartition("fastcifar: ")[2].strip().partition("\n  try: ")
-    if code == EXIT_INTERRUPTED:
+    if code in (EXIT_INTERRUPTED, -signal.SIGTERM):  # the latter while it still imported
         return KeyboardInterrupt()
     if not said.rpartition("fastcifar: ")[1]:
         return RuntimeError(f"`fastcifar train` ended with exit code {code}.")

@@ -1,0 +1,396 @@
+"""`fastcifar ablate`: what a part of a recipe is worth, or which value of a field is best.
+
+Each variant is the recipe with one thing changed, trained with the same seeds and the same 5,000 images held out. Two
+variants that turn out to be the same training, such as a value that the recipe has anyway, share it.
+"""
+
+import io
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from urllib.parse import quote
+
+from fastcifar.display import Display, format_s, print_columns
+from fastcifar.errors import UsageError
+from fastcifar.job import Job
+from fastcifar.process import physical_cores
+from fastcifar.report import ACCENT, INK, SECOND, processor
+from fastcifar.run import RunFolder, write_atomically
+from fastcifar.settings import Recipe
+from fastcifar.studies.study import (
+    FIGURES,
+    Training,
+    job_of,
+    markdown,
+    open_study,
+    over_seeds,
+    percent,
+    refuse_flags,
+    refuse_seeds,
+    sources,
+    train_each,
+    write_json,
+)
+
+BASELINE = "baseline"
+CAPTION = "Accuracies in percent, ± the standard deviation over the seeds; difference: of test with TTA, in points."
+DROPOUTS = ("model.dropout", "model.block_dropout", "model.dropouts")
+AUGMENTATION = {
+    "augment.crop_px": 0,
+    "augment.flip": "none",
+    "augment.rotate_deg": 0.0,
+    "augment.brightness": 0.0,
+    "augment.contrast": 0.0,
+    "augment.cutout_px": 0,
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What was asked for: the arguments of `fastcifar ablate`.
+
+    Args:
+        without: parts of the recipe, each left out of one variant.
+        vary: "FIELD=v1,v2,..." each.
+        seeds: how many each variant is trained with.
+        flags: of `train`, for all variants.
+    """
+
+    recipe: str
+    without: list[str]
+    vary: list[str]
+    seeds: int
+    flags: list[str]
+
+    def command(self) -> list[str]:
+        without = [word for part in self.without for word in ("--without", part)]
+        vary = [word for sweep in self.vary for word in ("--vary", sweep)]
+        return ["ablate", self.recipe, *without, *vary, "--seeds", str(self.seeds), *self.flags]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with one thing changed.
+
+    Args:
+        question: the picture's panel it stands in: "without", or the field that is varied.
+        value: of that field, or the part that is left out.
+        words: the flags of `train`.
+        job: what they describe.
+    """
+
+    name: str
+    question: str
+    value: str
+    words: list[str]
+    job: Job
+
+    @property
+    def folder(self) -> str:
+        return quote(self.name.replace(" ", "-"), safe="=.,+-[]")
+
+
+def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
+    """Train every variant; write ablation.json, ablation.md and ablation.png; print the table; return the first.
+
+    Nothing is trained before all flags of all variants were found to be right.
+
+    Raises UsageError, and what a training raises; one that diverges is a row of the table.
+    """
+    variants = plan(asked)
+    path = out or RunFolder.create(None, f"ablate-{asked.recipe}").path
+    open_study(path, asked.command())
+    trainings = plan_trainings(asked, variants, path)
+    again = shlex.join(["fastcifar", *asked.command(), "--out", str(path)])
+    outcomes = dict(
+        zip((training.folder for training in trainings), train_each(trainings, display, again), strict=True)
+    )
+    report = describe(asked, variants, path, outcomes)
+    headings, rows = tabulate(report)
+    write_json(path / "ablation.json", report)
+    write_atomically(path / "ablation.md", f"{title(report)}\n\n{markdown(headings, rows)}\n\n{CAPTION}\n".encode())
+    write_atomically(path / "ablation.png", draw(report))
+    print_columns(headings, rows)
+    print(f"\n{CAPTION}\n{path / 'ablation.png'}")
+    return report
+
+
+# Which variants there are
+
+
+def plan(asked: Ablation) -> list[Variant]:
+    """The variants in the order of the table. Raises UsageError for the first value that makes no sense."""
+    refuse_seeds(asked.seeds)
+    refuse_flags("ablate", asked.flags)
+    if not asked.without and not asked.vary:
+        raise UsageError(
+            "ablate: say what to compare the recipe with: --without PART or --vary FIELD=VALUES.",
+            f"fastcifar ablate {asked.recipe} --vary batch_size=250,500",
+        )
+    common = ["--recipe", asked.recipe, *asked.flags, "--validate"]
+    recipe = job_of(common).settings
+
+    def variant(name: str, question: str, value: str, changed: dict[str, str]) -> Variant:
+        words = [*common, *(f"--{field}={text}" for field, text in changed.items())]
+        return Variant(name, question, value, words, job_of(words))
+
+    variants = [variant(BASELINE, "without", "nothing", {})] if asked.without else []
+    parts = [part.replace("-", "_") for part in asked.without]
+    variants += [variant(f"without {part}", "without", part, turn_off(recipe, part)) for part in parts]
+    sweeps = [(field, value) for sweep in asked.vary for field, value in read_sweep(sweep)]
+    variants += [variant(f"{field}={value}", field, value, set_field(recipe, field, value)) for field, value in sweeps]
+    return list({variant.name: variant for variant in variants}.values())
+
+
+def turn_off(recipe: Recipe, part: str) -> dict[str, str]:
+    """{field: the value without this part}. Raises UsageError if the recipe does not have it."""
+    parts = removable(recipe)
+    if part not in parts:
+        can = f"from this recipe can be taken: {', '.join(parts)}" if parts else "this recipe has nothing to take away"
+        hint = f"--without {next(iter(parts))}" if parts else "--vary FIELD=VALUES"
+        raise UsageError(f"--without: there is no {part} to take away; {can}.", hint)
+    return {field: write_value(off) for field, off in parts[part].items()}
+
+
+def removable(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """The parts that the recipe has: {part: {field that is on: its value when off}}."""
+    parts: dict[str, dict[str, object]] = {
+        "batchnorm": {"model.batchnorm": False},
+        "dropout": {field: scale_dropout(recipe, field, 0.0) for field in dropouts(recipe)},
+        "augmentation": AUGMENTATION,
+        "label_smoothing": {"label_smoothing": 0.0},
+        "mix": {"mix": "none"},
+        "tta": {"tta.share": 0.0},
+    }
+    on = {
+        part: {field: off for field, off in fields.items() if has(recipe, field) and read(recipe, field) != off}
+        for part, fields in parts.items()
+    }
+    return {part: fields for part, fields in on.items() if fields}
+
+
+def read_sweep(sweep: str) -> list[tuple[str, str]]:
+    """(field, value) for each value of "batch_size=64,128". Commas inside brackets belong to a value."""
+    field, equals, values = sweep.partition("=")
+    split, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            split.append("")
+        else:
+            split[-1] += letter
+    if not field or not equals or not all(split):
+        raise UsageError(f"--vary: {sweep!r} is not FIELD=VALUE,VALUE.", "--vary batch_size=250,500")
+    return [(field.replace("-", "_"), value) for value in split]
+
+
+def set_field(recipe: Recipe, field: str, value: str) -> dict[str, str]:
+    """{field: value}, or that of each dropout which the recipe uses. Raises UsageError: it has no such field."""
+    if field == "dropout":
+        used = dropouts(recipe)
+        if not used:
+            raise UsageError(
+                "--vary: this recipe uses no dropout.", "fastcifar recipes show NAME, and --vary FIELD=VALUES"
+            )
+        try:
+            return {name: write_value(scale_dropout(recipe, name, float(value))) for name in used}
+        except ValueError as error:
+            raise UsageError(
+                f"--vary: dropout is a number from 0 to 1, not {value!r}.", "--vary dropout=0,0.1"
+            ) from error
+    if not has(recipe, field):
+        raise UsageError(f"--vary: this recipe has no field {field}.", "fastcifar recipes show NAME")
+    return {field: value}
+
+
+def dropouts(recipe: Recipe) -> list[str]:
+    """The fields of dropout that are not 0."""
+    return [field for field in DROPOUTS if has(recipe, field) and any(each(read(recipe, field)))]
+
+
+def scale_dropout(recipe: Recipe, field: str, value: float) -> object:
+    """`value` in place of all that is not 0: a number, or a tuple of them."""
+    before = read(recipe, field)
+    return tuple(value if old else old for old in before) if isinstance(before, Sequence) else value
+
+
+def each(value: object) -> Sequence:
+    return value if isinstance(value, Sequence) else (value,)
+
+
+def has(recipe: Recipe, field: str) -> bool:
+    try:
+        read(recipe, field)
+    except AttributeError:
+        return False
+    return True
+
+
+def read(recipe: Recipe, field: str) -> object:
+    """The value at a dotted name. Raises AttributeError."""
+    return reduce(getattr, field.split("."), recipe)
+
+
+def write_value(value: object) -> str:
+    """As the command line takes it."""
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def plan_trainings(asked: Ablation, variants: list[Variant], path: Path) -> list[Training]:
+    """The different trainings of all variants, every variant with one seed before the next seed."""
+    homes = {home(variant, variants).name: variant for variant in reversed(variants)}
+    different = [variant for variant in variants if variant.name in homes]
+    return [
+        Training(
+            f"variant {place} of {len(different)}, {variant.name}, seed {seed}",
+            [*variant.words, "--seed", str(seed)],
+            path / variant.folder / f"seed{seed}",
+        )
+        for seed in range(asked.seeds)
+        for place, variant in enumerate(different, 1)
+    ]
+
+
+def home(variant: Variant, variants: list[Variant]) -> Variant:
+    """The first variant that is the same training; its folder holds the runs of both."""
+    return next(other for other in variants if other.job == variant.job)
+
+
+# What came out
+
+
+def describe(asked: Ablation, variants: list[Variant], path: Path, outcomes: dict[Path, dict]) -> dict:
+    """ablation.json: accuracies are shares of 1; `mean` and `spread` (sample standard deviation) are over the seeds.
+
+    `difference` is that of test accuracy with test-time augmentation to the recipe as it is, where that was trained.
+    """
+    common = job_of(["--recipe", asked.recipe, *asked.flags, "--validate"])
+    entries = []
+    for variant in variants:
+        folder = home(variant, variants).folder
+        runs = [outcomes[path / folder / f"seed{seed}"] for seed in range(asked.seeds)]
+        figures = over_seeds(runs)
+        entries.append(
+            {
+                "variant": variant.name,
+                "question": variant.question,
+                "value": variant.value,
+                "as_recipe": variant.job == common,
+                "flags": variant.words,
+                "folder": folder,
+                "seeds": [keep(run) | {"seed": seed} for seed, run in enumerate(runs)],
+                "mean": {name: mean for name, (mean, _) in figures.items()},
+                "spread": {name: spread for name, (_, spread) in figures.items()},
+            }
+        )
+    own = next((entry["mean"] for entry in entries if entry["as_recipe"]), {})
+    for entry in entries:
+        comparable = own and entry["mean"] and not entry["as_recipe"]
+        entry["difference"] = entry["mean"]["test_acc_tta"] - own["test_acc_tta"] if comparable else None
+    return {
+        "recipe": asked.recipe,
+        "as_reported": common.as_reported,
+        "flags": asked.flags,
+        **sources(list(outcomes.values())),
+        "machine": f"{processor()}, {physical_cores()} cores",
+        "variants": entries,
+    }
+
+
+def keep(run: dict) -> dict:
+    """Of result.json, what the tables are made of."""
+    return {"diverged": run["diverged"]} if "diverged" in run else {name: run[name] for name in FIGURES}
+
+
+def title(report: dict) -> str:
+    way = " as reported" if report["as_reported"] else ""
+    return f"Recipe {report['recipe']}{way}, {report['dataset'] or 'nothing trained'}, {report['machine']}"
+
+
+def tabulate(report: dict) -> tuple[list[str], list[list[str]]]:
+    """The table: headings, and a row for each variant. Accuracies in percent, differences in points."""
+    headings = ["variant", "validation, end", "best", "test", "with TTA", "difference", "training"]
+    rows = []
+    for entry in report["variants"]:
+        lost = sum("diverged" in run for run in entry["seeds"])
+        name = entry["variant"] + (" (as the recipe)" if entry["as_recipe"] and entry["variant"] != BASELINE else "")
+        if not entry["mean"]:
+            rows.append([name, "diverged", "", "", "", "", ""])
+            continue
+        accuracies = [percent((entry["mean"][key], entry["spread"][key])) for key in FIGURES[:4]]
+        difference = "" if entry["difference"] is None else f"{100 * entry['difference']:+.2f}"
+        name += f" ({lost} of {len(entry['seeds'])} diverged)" if lost else ""
+        rows.append([name, *accuracies, difference, format_s(entry["mean"]["train_s"])])
+    return headings, rows
+
+
+# The picture
+
+
+def draw(report: dict) -> bytes:
+    """A panel for each question: accuracy on held-out and on test images, a bar where there are several seeds; PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    questions = list(dict.fromkeys(entry["question"] for entry in report["variants"]))
+    panels = {name: ordered([e for e in report["variants"] if e["question"] == name]) for name in questions}
+    widths = [max(3.2, 1.2 + 0.8 * len(entries)) for entries in panels.values()]
+    with rc_context({"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#8c959f", "text.color": INK}):
+        figure = Figure(figsize=(sum(widths) + 0.6, 3.8), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False, sharey=True, width_ratios=widths)[0]
+        for axes, (question, entries) in zip(row, panels.items(), strict=True):
+            draw_panel(axes, question, entries)
+        row[0].set_ylabel("accuracy, %")
+        legend = {label: mark for axes in row for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower left", ncols=3)
+        figure.suptitle(title(report), x=0.01, ha="left", fontsize=10)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=130)
+    return picture.getvalue()
+
+
+def ordered(entries: list[dict]) -> list[dict]:
+    """By value where all values are numbers, else as they were named."""
+    return sorted(entries, key=lambda entry: float(entry["value"])) if are_numbers(entries) else entries
+
+
+def are_numbers(entries: list[dict]) -> bool:
+    return all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", entry["value"]) for entry in entries)
+
+
+def draw_panel(axes, question: str, entries: list[dict]) -> None:
+    """One question's points, evenly spaced: values of a sweep are often far apart, or begin with 0."""
+    for figure, colour, shift, label in (
+        ("val_acc", SECOND, -0.08, "held out, at the end"),
+        ("test_acc_tta", ACCENT, 0.08, "test, with TTA"),
+    ):
+        points = [(x + shift, entry) for x, entry in enumerate(entries) if entry["mean"]]
+        where = [x for x, _ in points]
+        means = [100 * entry["mean"][figure] for _, entry in points]
+        spreads = [100 * (entry["spread"][figure] or 0) for _, entry in points]
+        style = "o-" if are_numbers(entries) else "o"
+        axes.errorbar(
+            where, means, spreads, fmt=style, color=colour, markersize=5, linewidth=1, elinewidth=1.4, capsize=3,
+            label=label,
+        )  # fmt: skip
+    for x, entry in enumerate(entries):
+        if not entry["mean"]:
+            axes.text(x, 0.04, "diverged", transform=axes.get_xaxis_transform(), ha="center", color=SECOND, rotation=90)
+        elif entry["as_recipe"]:
+            axes.axhline(
+                100 * entry["mean"]["test_acc_tta"],
+                color="#8c959f",
+                linewidth=0.8,
+                linestyle="--",
+                zorder=0,
+                label="test, the recipe as it is",
+            )
+    labels = [entry["value"].replace("_", "\n") for entry in entries] if question == "without" else None
+    axes.set_xticks(range(len(entries)), labels or [entry["value"] for entry in entries])
+    axes.set_xlim(-0.5, len(entries) - 0.5)
+    axes.set_title(question, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)
