@@ -14,7 +14,7 @@ import fcntl
 import os
 import socket
 import threading
-import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -98,7 +98,9 @@ class Queue:
                 )
                 begun = self.study.user_attrs.get("asked")
                 if begun is None:
+                    self.study.set_user_attr("identity", uuid.uuid4().hex)
                     self.study.set_user_attr("asked", asked)
+                self.identity: str = self.study.user_attrs["identity"]
         if begun is not None and begun != asked:
             different = ", ".join(key for key in asked if asked[key] != begun.get(key))
             raise UsageError(

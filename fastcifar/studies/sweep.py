@@ -106,6 +106,7 @@ def run(words: list[str]) -> int:
         method=own.method,
         seed=job.seed,
     )
+    mark_folder(out, queue.identity)
     work(queue, words, out)
     report = write_report(queue, name, words, searched, own.method, out)
     print_report(report, out, chosen)
@@ -160,11 +161,22 @@ def make_folder(out: Path) -> None:
         raise UsageError(f"--out: cannot make the folder {out}: {error.strerror}.", "another --out DIR") from error
 
 
+def mark_folder(out: Path, identity: str) -> None:
+    """Note whose trainings lie in the folder. Raises UsageError if they are another study's: they would be taken for
+    this one's, as what is found finished is not repeated."""
+    from fastcifar.run import write_atomically
+
+    mark = out / "study"
+    if mark.is_file() and mark.read_text().strip() != identity:
+        raise UsageError(f"--out: {out} holds the trainings of another study.", "another --out DIR")
+    write_atomically(mark, f"{identity}\n".encode())
+
+
 # Training
 
 
 def work(queue, words: list[str], out: Path) -> None:
-    """Take points and train them until none is left. The others' are waited for, since the others may die."""
+    """Take points and train them until none is left. Those of other workers are waited for: they may die."""
     from fastcifar.display import Display
     from fastcifar.studies.queue import WAIT_S
 
@@ -181,7 +193,7 @@ def work(queue, words: list[str], out: Path) -> None:
             time.sleep(WAIT_S)
             continue
         waiting = False
-        display.say(f"training {claim.point} of {queue.points}: {shlex.join(as_flags(claim.parameters))}")
+        display.say(f"{folder(out, claim.point)}: {shlex.join(as_flags(claim.parameters))}")
         train_point(queue, claim, words, out)
         display.say(progress(queue))
 
@@ -347,6 +359,8 @@ def print_report(report: dict, out: Path, chosen: Namespace) -> None:
     from fastcifar.display import print_table
 
     best = report["best"]
+    if best["failed"]:
+        raise DivergedError(f"Every training failed; {out / 'sweep.md'} says how.", "smaller values of what is searched")
     failed = sum(row["failed"] is not None for row in report["trials"])
     print_table(
         [
