@@ -52,16 +52,13 @@ FFCV_PACKAGES := g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev
 	$(BIN)/python -c 'import ffcv'
 	touch $@
 
-# The server that one test of `fastcifar sweep` starts for itself. Debian's package would start one of its own too: not here.
+# The programs of the server that one test of `fastcifar sweep` starts for itself; nothing else needs them.
 postgres:
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || \
 	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "apt-get install postgresql" && \
 		apt-get -qq update && \
-		{ test -e /etc/postgresql-common/createcluster.conf || { mkdir -p /etc/postgresql-common && \
-			echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf; }; } && \
-		DEBIAN_FRONTEND=noninteractive apt-get -qqy -o Dpkg::Options::=--force-confold install \
-			--no-install-recommends postgresql >/dev/null; } || \
-	{ echo "One test needs a PostgreSQL server, and nothing else does. Debian, Ubuntu: sudo apt-get install postgresql"; exit 1; }
+		DEBIAN_FRONTEND=noninteractive apt-get -qqy install --no-install-recommends postgresql >/dev/null; } || \
+	{ echo "One test needs PostgreSQL's server. Debian, Ubuntu: sudo apt-get install postgresql"; exit 1; }
 
 clean:
 	rm -rf .venv
