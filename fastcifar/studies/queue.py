@@ -227,7 +227,9 @@ class Queue:
             why = str(getattr(deepest, "orig", None) or deepest).strip().splitlines()[0]
             if self.url.password:
                 why = why.replace(str(self.url.password), "***")
-            raise UsageError(f"--storage: cannot use {self.place()}: {why}", "--storage with a server that runs") from None
+            raise UsageError(
+                f"--storage: cannot use {self.place()}: {why}", "--storage with a server that runs"
+            ) from None
 
     def connect_options(self) -> dict:
         if self.url.get_backend_name() == "sqlite":

@@ -11,7 +11,9 @@ import math
 import shlex
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -19,6 +21,9 @@ from fastcifar.errors import EXIT_DONE, DeviceError, DivergedError, UsageError
 from fastcifar.job import Job
 from fastcifar.studies.flags import Flags, read_train
 from fastcifar.studies.search import LOG_FROM, Searched, read_search
+
+if TYPE_CHECKING:  # Optuna need not be there for --help
+    from fastcifar.studies.queue import Claim, Queue
 
 TRIALS = 20
 # What may differ between two workers of one study: it changes where and how fast they train, not what.
@@ -42,7 +47,7 @@ def flags() -> Flags:
         required=True,
         metavar="FIELD=VALUES",
         help="optim.lr=0.01,0.1 are choices; optim.lr=1e-4..1e-1 is a range, on a logarithmic scale if its ends are "
-        f"positive and differ by a factor of {LOG_FROM:g} or more; a field of whole numbers has a range of whole numbers",
+        f"positive and differ by a factor of {LOG_FROM:g} or more; whole numbers for a field of them",
     )
     parser.add_argument(
         "--method",
@@ -129,7 +134,7 @@ def read_points(method: str, searched: list[Searched], trials: int | None) -> li
 
 
 def check_samples(words: list[str], searched: list[Searched], grid: list[dict[str, str]] | None) -> None:
-    """Raise the UsageError that `train` would raise later: for a choice or an end of a range, or a point of the grid."""
+    """Raise now what `train` would raise later, for a choice, an end of a range or a point of the grid: UsageError."""
     for one in searched:
         for value in one.samples():
             read_train([*words, f"--{one.field}", value])
@@ -175,7 +180,7 @@ def mark_folder(out: Path, identity: str) -> None:
 # Training
 
 
-def work(queue, words: list[str], out: Path) -> None:
+def work(queue: "Queue", words: list[str], out: Path) -> None:
     """Take points and train them until none is left. Those of other workers are waited for: they may die."""
     from fastcifar.display import Display
     from fastcifar.studies.queue import WAIT_S
@@ -198,7 +203,7 @@ def work(queue, words: list[str], out: Path) -> None:
         display.say(progress(queue))
 
 
-def train_point(queue, claim, words: list[str], out: Path) -> None:
+def train_point(queue: "Queue", claim: "Claim", words: list[str], out: Path) -> None:
     """Train one point and say how good it is. However this ends, the point is not lost."""
     from fastcifar.studies.trial import run_trial
 
@@ -223,7 +228,7 @@ def folder(out: Path, point: int) -> Path:
     return out / f"trial-{point:05d}"
 
 
-def progress(queue) -> str:
+def progress(queue: "Queue") -> str:
     """The study so far, in a line."""
     from fastcifar.display import format_s
 
@@ -242,9 +247,7 @@ def progress(queue) -> str:
 # What is left behind
 
 
-def write_report(
-    queue, name: str, words: list[str], searched: list[Searched], method: str, out: Path
-) -> dict:
+def write_report(queue: "Queue", name: str, words: list[str], searched: list[Searched], method: str, out: Path) -> dict:
     """Write sweep.json, sweep.md and sweep.png; returns what the first holds."""
     from fastcifar.run import source_commit, write_atomically
 
@@ -276,7 +279,7 @@ def write_report(
     return report
 
 
-def markdown(report: dict, searched: list[Searched]):
+def markdown(report: dict, searched: list[Searched]) -> Iterator[str]:
     """All trainings, best first."""
     fields = [one.field for one in searched]
     yield f"# Study {report['study']}\n"
@@ -342,7 +345,7 @@ def draw(report: dict, searched: list[Searched]) -> bytes:
     return picture.getvalue()
 
 
-def axis_of(panel, one: Searched):
+def axis_of(panel, one: Searched) -> Callable[[dict], float]:
     """Give the panel the field's scale; returns where on it a row of the report stands."""
     try:
         numbers = [float(choice) for choice in one.choices] or [one.low, one.high]
@@ -360,7 +363,9 @@ def print_report(report: dict, out: Path, chosen: Namespace) -> None:
 
     best = report["best"]
     if best["failed"]:
-        raise DivergedError(f"Every training failed; {out / 'sweep.md'} says how.", "smaller values of what is searched")
+        raise DivergedError(
+            f"Every training failed; {out / 'sweep.md'} says how.", "smaller values of what is searched"
+        )
     failed = sum(row["failed"] is not None for row in report["trials"])
     print_table(
         [

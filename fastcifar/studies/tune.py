@@ -12,19 +12,21 @@ def flags() -> Flags:
     parser = Flags(
         "tune",
         "Measure a learning rate or a batch size. lr: a range test, the rate rising with every step until the loss "
-        "explodes. batch: images a second and memory of a training step, the batch doubling from --batch_size "
+        "suffers. batch: images a second and memory of a training step, the batch doubling from --batch_size "
         "(default: 32).",
         "lr|batch [--out DIR]",
     )
-    parser.add_argument("what", choices=("lr", "batch"), help="what to find")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for tune.json and tune.png (default: a new one in runs/)")
+    parser.add_argument("what", choices=("lr", "batch"), metavar="lr|batch", help="what to find")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="for tune.json and tune.png (default: a new one in runs/)"
+    )
     return parser
 
 
 def run(words: list[str]) -> int:
     """Measure, print the table and the suggestion, write both with a picture; returns the exit code.
 
-    Raises DataError, DeviceError, UsageError.
+    Raises DataError, DeviceError, DivergedError, UsageError.
     """
     own, rest = flags().split(words)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

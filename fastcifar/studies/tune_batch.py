@@ -23,6 +23,7 @@ from fastcifar.setup import Setup, resize
 from fastcifar.train import train_step
 
 WARM_UP, STEPS = 2, 5
+LEAST_S = 0.3  # of steps, however short they are
 GAIN = 1.05  # less than this over the best so far is no gain, and within it a batch is as fast as the best
 PATIENCE = 2  # doublings without one
 MARGIN = 0.9  # of the memory that is free may be used
@@ -83,7 +84,7 @@ def time_batch(setup: Setup, batch_size: int) -> Measured:
     x_BCHW, times_s = resize(x_BCHW, largest_px(setup)), []
     if setup.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setup.device)
-    for _ in range(WARM_UP + STEPS):
+    while len(times_s) < WARM_UP + STEPS or sum(times_s) < LEAST_S:
         synchronize(setup.device)
         began_s = time.perf_counter()
         train_step(setup, setup.recipe, scaler, x_BCHW, y_B)
@@ -153,7 +154,7 @@ def draw(report: dict) -> bytes:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xlabel(f"batch; recipe {report['recipe']}, {report['image_px']} px, {report['device']}")
         axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()

@@ -1,8 +1,12 @@
 """The learning-rate range test of Smith (2015, arXiv:1506.01186).
 
 A fresh model is trained on batch after batch while all of its learning rates, each multiplied by the same factor, rise
-exponentially from far too low to far too high. The suggestion is a third of the rate at which the smoothed loss is
-lowest: beyond that one it gets worse, and a schedule that stays near its peak wants some distance to it.
+exponentially from far too low to too high. The suggestion is a third of the rate at which the smoothed loss is lowest:
+beyond that one it gets worse, and a schedule that stays near its peak wants some distance to it.
+
+The test ends where the smoothed loss is above the one it began with. It would not do to wait for an explosion: Adam
+and BatchNorm hold the loss down, and at absurd rates it comes back to that of a model that takes all classes for equally
+likely, which may be the lowest there is.
 """
 
 import io
@@ -13,20 +17,25 @@ from collections.abc import Iterator
 import torch
 
 from fastcifar.display import Display
+from fastcifar.errors import DivergedError
 from fastcifar.job import Job
 from fastcifar.settings import Optim, SpeedOptim
 from fastcifar.setup import Setup, resize
 from fastcifar.train import train_step
 
-STEPS = 140
-LOWEST, HIGHEST = 1e-4, 1e3  # factors; 20 steps for each factor of ten
-SMOOTH = 3  # steps on either side that a smoothed loss is the mean of
-EXPLODED = 4.0  # times the lowest smoothed loss, where the test ends
+STEPS = 120
+LOWEST, HIGHEST = 1e-3, 1e3  # factors; 20 steps for each factor of ten
+SMOOTH = 5  # steps on either side that a smoothed loss is the mean of
+BEGINNING = 2 * SMOOTH + 1  # steps whose mean is the loss it began with
+WORSE = 1.05  # times that, where the test ends; batches of 32 images differ by 1.6 % once smoothed
 BELOW = 1 / 3  # of the rate with the lowest loss is suggested
 
 
 def measure(job: Job, setup: Setup, display: Display) -> dict:
-    """The loss at each factor until it explodes, and the suggestion. Deterministic on a CPU for a seed."""
+    """The loss at each factor until it is too high, and the suggestion. Deterministic on a CPU for a seed.
+
+    Raises DivergedError if even the lowest rates are too high.
+    """
     torch.manual_seed(job.seed)
     factors, losses = [], []
     for step, (factor, loss) in enumerate(rise(setup)):
@@ -35,9 +44,15 @@ def measure(job: Job, setup: Setup, display: Display) -> dict:
             break
         factors.append(factor)
         losses.append(loss)
-        smoothed = smooth(losses)
-        if smoothed[-1] > EXPLODED * min(smoothed):
+        # The newest smoothed losses wait for neighbours yet.
+        if len(losses) > BEGINNING and smooth(losses)[-1 - SMOOTH] > WORSE * sum(losses[:BEGINNING]) / BEGINNING:
             break
+    if len(losses) <= BEGINNING:
+        name, peak = next(iter(peaks(setup.recipe.optim).items()))
+        raise DivergedError(
+            f"The loss explodes at a thousandth of --{name} {peak:g} already.",
+            as_flags(setup.recipe.optim, LOWEST / 100),
+        )
     smoothed = smooth(losses)
     lowest = smoothed.index(min(smoothed))
     suggested = BELOW * factors[lowest]
@@ -52,7 +67,6 @@ def measure(job: Job, setup: Setup, display: Display) -> dict:
         "smoothed": smoothed,
         "lowest_factor": factors[lowest],
         "suggested_factor": suggested,
-        "exploded": len(factors) < STEPS,
         "still_falling": lowest == len(factors) - 1,
         "flags": as_flags(setup.recipe.optim, suggested),
     }
@@ -125,7 +139,7 @@ def draw(report: dict) -> bytes:
     ):
         axes.axvline(factor * peak, color=colour, linestyle=line, linewidth=1.2, label=f"{what}: {factor * peak:.2g}")
     low, high = min(report["smoothed"]), report["smoothed"][0]
-    axes.set_ylim(low - 0.1 * high, max(1.6 * high, low + 0.2))
+    axes.set_ylim(low - 0.2 * high, 1.3 * high)
     axes.set_xscale("log")
     axes.set_xlabel(name + (", the others in proportion" if len(report["peaks"]) > 1 else ""))
     axes.set_ylabel("training loss")

@@ -159,38 +159,44 @@ def open_queue(tmp_path: Path, method: str, points: int = 3):
     return Queue(url, "q", asked, searched, points=points, grid=None, method=method, seed=0)
 
 
+def take(queue):
+    claim = queue.claim()
+    assert claim is not None
+    return claim
+
+
 @pytest.mark.parametrize("method", ["random", "tpe"])
 def test_a_dead_workers_point_is_tried_again_as_it_was(method, tmp_path, monkeypatch):
     from fastcifar.studies import queue as module
 
     monkeypatch.setattr(module, "GRACE_S", 1)
     dead, other = open_queue(tmp_path, method), open_queue(tmp_path, method)
-    lost = dead.claim()
-    second = other.claim()
+    lost = take(dead)
+    second = take(other)
     assert (lost.point, second.point) == (0, 1)
     other.complete(second, 0.5, {"seconds": 1.0})
     time.sleep(2.5)
-    third, again = other.claim(), other.claim()
+    third, again = take(other), take(other)
     assert (third.point, again.point) == (2, 0)
     assert again.parameters == lost.parameters
     dead.complete(lost, 0.9, {"seconds": 1.0})  # it was only slow, but the point is another's now
     other.complete(third, 0.4, {"seconds": 1.0})
     other.give_back(again)
-    last = other.claim()
+    last = take(other)
     assert last.parameters == lost.parameters
     other.complete(last, 0.7, {"seconds": 1.0})
     assert other.claim() is None
     assert other.running() == 0
     assert [(trial.user_attrs["point"], trial.value) for trial in other.finished()] == [(0, 0.7), (1, 0.5), (2, 0.4)]
-    assert open_queue(tmp_path, method, points=4).claim().point == 3, "more --trials go on with a study"
+    assert take(open_queue(tmp_path, method, points=4)).point == 3, "more --trials go on with a study"
 
 
 def test_drawn_points_repeat_for_a_seed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, second = open_queue(tmp_path / "a", "random"), open_queue(tmp_path / "b", "random")
-    drawn = [first.claim().parameters for _ in range(3)]
-    assert drawn == [second.claim().parameters for _ in range(3)]
+    drawn = [take(first).parameters for _ in range(3)]
+    assert drawn == [take(second).parameters for _ in range(3)]
     assert len({point["optim.lr"] for point in drawn}) == 3
     assert all(16 <= int(point["batch_size"]) <= 4096 for point in drawn)
 
@@ -204,7 +210,7 @@ def test_what_diverges_counts_and_is_not_repeated(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trial, "run_trial", fail)
     queue = open_queue(tmp_path, "tpe", points=1)
-    sweep.train_point(queue, queue.claim(), [], tmp_path)
+    sweep.train_point(queue, take(queue), [], tmp_path)
     assert [(one.value, one.user_attrs["failed"]) for one in queue.finished()] == [(0.0, error.message)]
     assert queue.claim() is None
 
@@ -218,10 +224,10 @@ def test_what_is_stopped_is_free_again_at_once(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trial, "run_trial", fail)
     queue = open_queue(tmp_path, "tpe", points=1)
-    claim = queue.claim()
+    claim = take(queue)
     with pytest.raises(type(error)):
         sweep.train_point(queue, claim, [], tmp_path)
-    again = queue.claim()
+    again = take(queue)
     assert (again.point, again.parameters) == (0, claim.parameters)
 
 
