@@ -28,6 +28,7 @@ try:
     import optuna
     import sqlalchemy
     from sqlalchemy.engine import URL, make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 except ImportError as error:
     raise UsageError(f"A sweep needs Optuna ({error}).", "pip install 'fastcifar[sweep]'") from error
 
@@ -222,7 +223,7 @@ class Queue:
         """Turn what a storage that is not there raises into a UsageError, without the password."""
         try:
             yield
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ImportError) as error:
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, ImportError) as error:
             deepest = error.__cause__ or error
             why = str(getattr(deepest, "orig", None) or deepest).strip().splitlines()[0]
             if self.url.password:
@@ -247,7 +248,7 @@ def read_url(text: str) -> URL:
     hint = "--storage postgresql://USER:PASSWORD@HOST/DATABASE"
     try:
         url = make_url(text)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # whose text repeats the URL
+    except (ArgumentError, ValueError):  # whose text repeats the URL
         raise UsageError("--storage: is no URL of a database.", hint) from None
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
