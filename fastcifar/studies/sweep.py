@@ -325,12 +325,17 @@ def draw(report: dict, searched: list[Searched]) -> bytes:
             continue
         places = axis_of(panel, one)
         panel.plot(
-            [places(row) for row in trained], [100 * row["val_acc"] for row in trained], "o", color=ACCENT, alpha=0.6
+            [places(row) for row in trained],
+            [100 * row["val_acc"] for row in trained],
+            "o",
+            color=ACCENT,
+            alpha=0.6,
+            clip_on=False,
         )
         for row in failed:  # at the bottom, wherever that is
             panel.plot(places(row), 0.02, "x", color=INK, transform=panel.get_xaxis_transform(), clip_on=False)
         if trained:
-            panel.plot(places(trained[0]), 100 * trained[0]["val_acc"], "o", color=SECOND, markersize=9)
+            panel.plot(places(trained[0]), 100 * trained[0]["val_acc"], "o", color=SECOND, markersize=9, clip_on=False)
         panel.set_xlabel(one.field)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#d0d7de", linewidth=0.6)
@@ -355,6 +360,8 @@ def axis_of(panel, one: Searched) -> Callable[[dict], float]:
         return lambda row: one.choices.index(row["parameters"][one.field])
     if min(numbers) > 0 and max(numbers) >= LOG_FROM * min(numbers):
         panel.set_xscale("log")
+    if not one.choices:
+        panel.set_xlim(one.low, one.high)
     return lambda row: float(row["parameters"][one.field])
 
 

@@ -5,8 +5,8 @@ exponentially from far too low to too high. The suggestion is a third of the rat
 beyond that one it gets worse, and a schedule that stays near its peak wants some distance to it.
 
 The test ends where the smoothed loss is above the one it began with. It would not do to wait for an explosion: Adam
-and BatchNorm hold the loss down, and at absurd rates it comes back to that of a model that finds all classes equally likely,
-which may be the lowest there is.
+and BatchNorm hold the loss down, and at absurd rates it comes back to that of a model that finds all classes equally
+likely, which may be the lowest there is.
 """
 
 import io
