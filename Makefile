@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test check setup loaders clean
+.PHONY: train test check setup loaders postgres clean
 .NOTPARALLEL: # one pip at a time in .venv
 
 train: setup
@@ -13,6 +13,7 @@ train: setup
 
 test: setup
 	@$(MAKE) --no-print-directory --keep-going loaders || echo "make test: going on; the tests of a loader that is not installed are skipped."
+	@$(MAKE) --no-print-directory postgres || echo "make test: going on; the test of a sweep on PostgreSQL is skipped."
 	$(BIN)/python -m pytest
 
 check: setup
@@ -50,6 +51,14 @@ FFCV_PACKAGES := g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[ffcv]'
 	$(BIN)/python -c 'import ffcv'
 	touch $@
+
+# The programs of the server that one test of `fastcifar sweep` starts for itself; nothing else needs them.
+postgres:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "apt-get install postgresql" && \
+		apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qqy install --no-install-recommends postgresql >/dev/null; } || \
+	{ echo "One test needs PostgreSQL's server. Debian, Ubuntu: sudo apt-get install postgresql"; exit 1; }
 
 clean:
 	rm -rf .venv

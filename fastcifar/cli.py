@@ -3,6 +3,7 @@
 Whatever needs torch is imported inside the verbs, so that `fastcifar --help` answers in a fifth of a second.
 """
 
+import importlib
 import json
 import sys
 import time
@@ -14,7 +15,7 @@ from jsonargparse import Namespace
 
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
-from fastcifar.parsers import parse, read_job
+from fastcifar.parsers import STUDIES, parse, read_job
 from fastcifar.recipes import NAMED, find_recipe
 
 
@@ -42,6 +43,8 @@ def with_underscores(word: str) -> str:
 
 
 def run(words: list[str], started_s: float) -> int:
+    if words and words[0] in STUDIES:  # they read their own few flags and hand the rest to `train`'s parser
+        return importlib.import_module(f"fastcifar.studies.{words[0]}").run(words[1:])
     arguments = parse(words)
     verbs = {
         "train": train,

@@ -18,6 +18,10 @@ from fastcifar.settings import Recipe
 DATASETS = Literal["cifar10", "cifar100", "shapes10"]
 LOADERS = Literal["resident", "ffcv", "dali", "torch"]
 DEFAULT_RECIPE = "speed"
+STUDIES = {  # which have parsers of their own, in studies/
+    "sweep": "search the values of a recipe's fields that train best, on one machine or many",
+    "tune": "find a learning rate, or a batch size for this machine",
+}
 
 
 def parse(words: list[str]) -> Namespace:
@@ -79,6 +83,8 @@ def build_parser(words: list[str]) -> ArgumentParser:
     bench = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
     verbs.add_subcommand("bench", bench, help="measure the kernels or the loaders")
     add_benchmarks(bench)  # jsonargparse wants a parser to have its place before it gets verbs of its own
+    for verb, help in STUDIES.items():
+        verbs.add_subcommand(verb, ArgumentParser(exit_on_error=False), help=help)
     verbs.add_subcommand("verify-kernels", verify_parser(), help="do the kernels agree with float64, on this machine?")
     verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
     return parser
