@@ -81,8 +81,8 @@ def bn_relu_pool(
         weight_C, bias_C: BatchNorm's scale and shift; both None leave the normalisation out.
         running_mean_C, running_var_C: updated in place in training if given, used in eval mode.
         slope: what negative values are multiplied with; 0 is a plain ReLU.
-        dropout: share of the rectified values set to 0 in training, the others growing by 1 / (1 - dropout). Drawn
-            from torch's generator of the CPU.
+        dropout: share of the rectified values set to 0 in training, in steps of 2**-16, the others growing by
+            1 / (1 - dropout). Drawn from torch's generator of the CPU.
         pool: take the largest of every 2 x 2 pixels; a last odd row or column is left out.
         training: normalise with the statistics of this batch and drop; else with the running ones, dropping nothing.
         momentum: share of this batch in the running statistics, as in torch.nn.BatchNorm2d.
@@ -143,31 +143,30 @@ def check(x_NCHW, weight_C, bias_C, running_mean_C, running_var_C, dropout, trai
         raise ValueError("running_mean_C and running_var_C are needed unless training.")
 
 
-# numba: x is [N, H, W, C]; `dropped` is the 32-bit number below which an element is dropped, or None without dropout,
+# numba: x is [N, H, W, C]; `dropped` is the 16-bit number below which an element is dropped, or None without dropout,
 # which leaves the drawing out of the compiled loop. Everything about an element stays in registers: with buffers for
 # the largest of a window the same loops took five times as long.
 
 
 @numba.njit(cache=True, forceinline=True, fastmath={"contract"}, error_model="numpy")
-def _draw(place, seed, second_seed):  # pragma: no cover
-    """32 random bits for an element of the tensor: its place and two seeds, hashed (Wellons' lowbias32 twice)."""
-    bits = np.uint32(place) ^ seed
-    bits = np.uint32(np.uint32(bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
-    bits = np.uint32(np.uint32(bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B)) ^ second_seed
-    bits = np.uint32(np.uint32(bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
+def _draw(place, how, dropped):  # pragma: no cover
+    """Random bits for an element and its right neighbour, 16 each: a hash (Wellons' lowbias32) of place and seeds."""
+    if dropped is None:
+        return np.uint32(0)
+    bits = np.uint32(place) ^ how[1]
+    bits = np.uint32(np.uint32(bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ how[2]
     bits = np.uint32(np.uint32(bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(bits ^ (bits >> np.uint32(16)))
 
 
 @numba.njit(cache=True, forceinline=True, fastmath={"contract"}, error_model="numpy")
-def _look(x, mean, scale, bias, place, how, dropped):  # pragma: no cover
+def _look(x, mean, scale, bias, bits, how, dropped):  # pragma: no cover
     """(what an element becomes, what its normalised value was multiplied with for that, z)"""
-    slope, seed, second_seed, kept_gain = how
     z = widen(x) - mean
     a = scale * z + bias
-    gain = slope if a <= np.float32(0) else np.float32(1)
+    gain = how[0] if a <= np.float32(0) else np.float32(1)
     if dropped is not None:
-        gain = np.float32(0) if _draw(place, seed, second_seed) < dropped else gain * kept_gain
+        gain = np.float32(0) if np.uint32(bits & np.uint32(0xFFFF)) < dropped else gain * how[3]
     return a * gain, gain, z
 
 
@@ -184,16 +183,17 @@ def _largest(x_NHWC, mean_C, scale_C, bias_C, n, i, j, c, how, dropped):  # prag
     """The largest element of channel c in window (i, j): value, gain, z, number."""
     height, width, channels = x_NHWC.shape[1:]
     y, x = 2 * i, 2 * j
-    place = ((n * height + y) * width + x) * channels + c
     mean, scale, bias = mean_C[c], scale_C[c], bias_C[c]
-    first = _look(x_NHWC[n, y, x, c], mean, scale, bias, place, how, dropped)
+    place = ((n * height + y) * width + x) * channels + c
+    bits = _draw(place, how, dropped)
+    first = _look(x_NHWC[n, y, x, c], mean, scale, bias, bits, how, dropped)
     best = first[0], first[1], first[2], np.int32(0)
-    other = _look(x_NHWC[n, y, x + 1, c], mean, scale, bias, place + channels, how, dropped)
+    other = _look(x_NHWC[n, y, x + 1, c], mean, scale, bias, bits >> np.uint32(16), how, dropped)
     best = _larger(best, other, 1)
-    place += width * channels
-    other = _look(x_NHWC[n, y + 1, x, c], mean, scale, bias, place, how, dropped)
+    bits = _draw(place + width * channels, how, dropped)
+    other = _look(x_NHWC[n, y + 1, x, c], mean, scale, bias, bits, how, dropped)
     best = _larger(best, other, 2)
-    other = _look(x_NHWC[n, y + 1, x + 1, c], mean, scale, bias, place + channels, how, dropped)
+    other = _look(x_NHWC[n, y + 1, x + 1, c], mean, scale, bias, bits >> np.uint32(16), how, dropped)
     return _larger(best, other, 3)
 
 
@@ -256,51 +256,59 @@ def _pooled_backward(
                     grad_x_NHWC[n, y, x, c] = narrow(grad, grad_x_NHWC[n, y, x, c])
 
 
-@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _plain_forward(x_NPC, mean_C, scale_C, bias_C, how, dropped, out_NPC):  # pragma: no cover
-    pixels, channels = x_NPC.shape[1:]
-    for n in numba.prange(len(x_NPC)):
-        for p in range(pixels):
-            for c in range(channels):
-                place = (n * pixels + p) * channels + c
-                value, _, _ = _look(x_NPC[n, p, c], mean_C[c], scale_C[c], bias_C[c], place, how, dropped)
-                out_NPC[n, p, c] = narrow(value, out_NPC[n, p, c])
+@numba.njit(cache=True, forceinline=True, fastmath={"contract"}, error_model="numpy")
+def _alone(x_NHWC, mean_C, scale_C, bias_C, n, y, x, c, how, dropped):  # pragma: no cover
+    """An element without its window: value, gain, z."""
+    height, width, channels = x_NHWC.shape[1:]
+    bits = _draw(((n * height + y) * width + x // 2 * 2) * channels + c, how, dropped)
+    bits = np.uint32(bits >> np.uint32(x % 2 * 16))
+    return _look(x_NHWC[n, y, x, c], mean_C[c], scale_C[c], bias_C[c], bits, how, dropped)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _plain_sums(x_NPC, mean_C, scale_C, bias_C, how, dropped, grad_NPC, sums_2NC):  # pragma: no cover
-    pixels, channels = x_NPC.shape[1:]
-    for n in numba.prange(len(x_NPC)):
+def _plain_forward(x_NHWC, mean_C, scale_C, bias_C, how, dropped, out_NHWC):  # pragma: no cover
+    height, width, channels = x_NHWC.shape[1:]
+    for n in numba.prange(len(x_NHWC)):
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    value, _, _ = _alone(x_NHWC, mean_C, scale_C, bias_C, n, y, x, c, how, dropped)
+                    out_NHWC[n, y, x, c] = narrow(value, out_NHWC[n, y, x, c])
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def _plain_sums(x_NHWC, mean_C, scale_C, bias_C, how, dropped, grad_NHWC, sums_2NC):  # pragma: no cover
+    height, width, channels = x_NHWC.shape[1:]
+    for n in numba.prange(len(x_NHWC)):
         bias_sum_C, scale_sum_C = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
-        for p in range(pixels):
-            for c in range(channels):
-                place = (n * pixels + p) * channels + c
-                _, gain, z = _look(x_NPC[n, p, c], mean_C[c], scale_C[c], bias_C[c], place, how, dropped)
-                h = gain * widen(grad_NPC[n, p, c])
-                bias_sum_C[c] += h
-                scale_sum_C[c] += h * z
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    _, gain, z = _alone(x_NHWC, mean_C, scale_C, bias_C, n, y, x, c, how, dropped)
+                    h = gain * widen(grad_NHWC[n, y, x, c])
+                    bias_sum_C[c] += h
+                    scale_sum_C[c] += h * z
         sums_2NC[0, n] = bias_sum_C
         sums_2NC[1, n] = scale_sum_C
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 def _plain_backward(
-    x_NPC, mean_C, scale_C, bias_C, how, dropped, grad_NPC, level_C, tilt_C, grad_x_NPC
+    x_NHWC, mean_C, scale_C, bias_C, how, dropped, grad_NHWC, level_C, tilt_C, grad_x_NHWC
 ):  # pragma: no cover
-    pixels, channels = x_NPC.shape[1:]
-    for n in numba.prange(len(x_NPC)):
-        for p in range(pixels):
-            for c in range(channels):
-                place = (n * pixels + p) * channels + c
-                _, gain, z = _look(x_NPC[n, p, c], mean_C[c], scale_C[c], bias_C[c], place, how, dropped)
-                passed = scale_C[c] * gain * widen(grad_NPC[n, p, c])
-                grad_x_NPC[n, p, c] = narrow(passed - (level_C[c] + tilt_C[c] * z), grad_x_NPC[n, p, c])
+    height, width, channels = x_NHWC.shape[1:]
+    for n in numba.prange(len(x_NHWC)):
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    _, gain, z = _alone(x_NHWC, mean_C, scale_C, bias_C, n, y, x, c, how, dropped)
+                    grad = scale_C[c] * gain * widen(grad_NHWC[n, y, x, c]) - (level_C[c] + tilt_C[c] * z)
+                    grad_x_NHWC[n, y, x, c] = narrow(grad, grad_x_NHWC[n, y, x, c])
 
 
-def _rows(x_NCHW: Tensor, pool: bool) -> Tensor:
-    """[N, H, W, C], or [N, P, C] without pooling; contiguous: a view of a channels-last tensor, a copy of any other."""
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1).contiguous()
-    return x_NHWC if pool else x_NHWC.flatten(1, 2)
+def _rows(x_NCHW: Tensor) -> Tensor:
+    """[N, H, W, C], contiguous: a view of a channels-last tensor, a copy of any other layout."""
+    return x_NCHW.permute(0, 2, 3, 1).contiguous()
 
 
 def _empty(x_NCHW: Tensor, side: int) -> Tensor:
@@ -311,10 +319,10 @@ def _empty(x_NCHW: Tensor, side: int) -> Tensor:
 
 
 def _how(seed_2: Tensor, slope: float, dropout: float) -> tuple:
-    """(slope, two seeds, what is kept grows by) and the number below which is dropped, in the types of the loops."""
+    """(slope, two seeds, what is kept grows by) and below which of 2**16 numbers is dropped, in the loops' types."""
     seed, second_seed = (np.uint32(seed) for seed in seed_2.tolist())
     how = np.float32(slope), seed, second_seed, np.float32(1 / (1 - dropout) if dropout < 1 else 0)
-    return how, np.uint32(min(2**32 - 1, round(dropout * 2**32))) if dropout else None
+    return how, np.uint32(round(dropout * 2**16)) if dropout else None
 
 
 # The operators
@@ -339,9 +347,9 @@ def _bn_relu_pool(
         return _bn_relu_pool(x_NCHW.float(), *rest).to(x_NCHW.dtype)
     out_NCHW = _empty(x_NCHW, side=2 if pool else 1)
     scale_C = weight_C / (variance_C + eps).sqrt()
-    tensors = [as_array(tensor.contiguous()) for tensor in (_rows(x_NCHW, pool), mean_C, scale_C, bias_C)]
+    tensors = [as_array(tensor.contiguous()) for tensor in (_rows(x_NCHW), mean_C, scale_C, bias_C)]
     forward = _pooled_forward if pool else _plain_forward
-    forward(*tensors, *_how(seed_2, slope, dropout), as_array(_rows(out_NCHW, pool)))
+    forward(*tensors, *_how(seed_2, slope, dropout), as_array(_rows(out_NCHW)))
     return out_NCHW
 
 
@@ -368,8 +376,8 @@ def _bn_relu_pool_backward(
     n, c, height, width = x_NCHW.shape
     rstd_C = 1 / (variance_C + eps).sqrt()
     scale_C = weight_C * rstd_C
-    tensors = [as_array(tensor.contiguous()) for tensor in (_rows(x_NCHW, pool), mean_C, scale_C, bias_C)]
-    shared = *tensors, *_how(seed_2, slope, dropout), as_array(_rows(grad_NCHW, pool))
+    tensors = [as_array(tensor.contiguous()) for tensor in (_rows(x_NCHW), mean_C, scale_C, bias_C)]
+    shared = *tensors, *_how(seed_2, slope, dropout), as_array(_rows(grad_NCHW))
     sums_2NC = torch.empty((2, n, c))
     (_pooled_sums if pool else _plain_sums)(*shared, as_array(sums_2NC))
     grad_affine_2C = sums_2NC.sum(dim=1)
@@ -380,7 +388,7 @@ def _bn_relu_pool_backward(
         tilt_C = scale_C * rstd_C * grad_affine_2C[1] / (n * height * width)
     grad_x_NCHW = _empty(x_NCHW, side=1)
     backward = _pooled_backward if pool else _plain_backward
-    backward(*shared, as_array(level_C), as_array(tilt_C), as_array(_rows(grad_x_NCHW, pool)))
+    backward(*shared, as_array(level_C), as_array(tilt_C), as_array(_rows(grad_x_NCHW)))
     return grad_x_NCHW, grad_affine_2C
 
 
