@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class Checkpoint:
     spent_s: float  # wall-clock used so far, from process start
     train_s: float
     knots: list[Knot]
+    looks: dict = field(default_factory=dict)  # at the held-out images: `Looks.facts`
 
 
 class RunFolder:

@@ -229,9 +229,13 @@ def test_validation_trains_to_the_end_and_says_what_it_saw(tmp_path):
     shapes = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=12, validate=True)
     result = run_to_end(shapes, tmp_path / "run")
     assert result["steps"] == 12
-    seen = [row["val_accuracy"] for row in rows(tmp_path / "run") if "val_accuracy" in row]
-    assert len(seen) > 1
-    assert result["val_acc"] == seen[-1]
+    looks = [row for row in rows(tmp_path / "run") if "val_accuracy" in row]
+    assert [row["step"] for row in looks] == [2, 4, 6, 8, 10, 12], "every 0.1 of progress is every second step"
+    assert all(row["val_loss"] > 0 for row in looks)
+    assert result["val_acc"] == looks[-1]["val_accuracy"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count(">held out<") == 2, "beside the loss and beside the accuracy"
+    assert "training batch, smoothed labels" in page
 
 
 def test_target_stops_early(small_cifar, tmp_path):
