@@ -173,6 +173,12 @@ def train_parser(words: list[str]) -> ArgumentParser:
         "--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images"
     )
     parser.add_argument(
+        "--patience",
+        type=int | None,
+        default=None,
+        help="stop when that many looks in a row at those 5,000 brought nothing better, and keep the best weights",
+    )
+    parser.add_argument(
         "--validate", action="store_true", help="hold out those 5,000 and say what the model makes of them"
     )
     parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")

@@ -68,7 +68,7 @@ def source_commit() -> str | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training halted after `step` steps. Tensors are named `model.*` and `optimizer.*`."""
+    """A training halted after `step` steps. Tensors are named `model.*`, `optimizer.*` and `best.*`."""
 
     tensors: dict
     step: int

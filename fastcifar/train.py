@@ -68,7 +68,8 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     if setup.feed.pack is not None:
         display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")
 
-    looks = Looks(setup.held_out_loader, len(setup.loader), cost_s=setup.look_s * HELD_OUT)
+    cost_s = setup.look_s * HELD_OUT
+    looks = Looks(setup.held_out_loader, len(setup.loader), cost_s, target=job.target, patience=job.patience)
     if job.budget_s is not None:
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
@@ -86,7 +87,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 
     saved_s = -math.inf
     with interrupts.held():
-        for rows in fit(setup, recipe, pace, position, looks.due):
+        for rows in () if looks.enough else fit(setup, recipe, pace, position, looks.due):
             progress, now_s = rows[-1]["progress"], time.monotonic()
             if looks.due(position.step, progress):
                 rows[-1] |= looks.look(setup.model, position.step, progress)
@@ -98,17 +99,20 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
                 saved_s = time.monotonic()
             if interrupts.caught:
                 raise KeyboardInterrupt
-            if job.target and looks.accuracy and looks.accuracy >= job.target:
+            if looks.enough:
                 break
     display.close()
+    val_acc = looks.accuracy
+    if looks.best_state:
+        val_acc = looks.best
+        setup.model.load_state_dict(looks.best_state)
+        display.say(f"kept the weights of step {looks.best_step} of {position.step}: {looks.best:.2%} held out")
 
     evaluation_began_s = time.monotonic()
     evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
     eval_s = time.monotonic() - evaluation_began_s
     folder.write_model(setup.model.state_dict())
-    result = describe_result(
-        job, setup, evaluation, position.step, position.train_s, eval_s, looks.accuracy, recipe.tta
-    )
+    result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
     write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
     folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
     result["wall_s"] = time.monotonic() - started_s
@@ -223,7 +227,7 @@ def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
     if left_s < 0.2 * budget_s:
         needed_s = math.ceil((budget_s - left_s) / 0.7)
         raise UsageError(
-            f"--budget: set-up, evaluation and held-out images leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
+            f"--budget: set-up, looks and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
             f"--budget {needed_s}s",
         )
 
@@ -237,13 +241,19 @@ def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks:
     for number, optimizer in enumerate(setup.optimizers):
         for weight, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
-    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, looks.facts() if looks else {})
+    if looks is None:
+        return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
+    tensors |= {f"best.{name}": value for name, value in looks.best_state.items()}
+    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, looks.facts())
 
 
 def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks | None = None) -> Position:
     """Bring model, optimizers, random numbers, pace and looks to where `capture` saw them."""
-    model = {name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")}
-    setup.model.load_state_dict(model)
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+
+    setup.model.load_state_dict(named("model."))
     for number, optimizer in enumerate(setup.optimizers):
         state = defaultdict(dict)
         for name, tensor in checkpoint.tensors.items():
@@ -255,6 +265,8 @@ def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks | Non
     if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
     pace.knots = list(checkpoint.knots)
-    for name, fact in checkpoint.looks.items() if looks else ():
-        setattr(looks, name, fact)
+    if looks is not None:
+        looks.best_state = named("best.")
+        for name, fact in checkpoint.looks.items():
+            setattr(looks, name, fact)
     return Position(checkpoint.step, checkpoint.train_s)
