@@ -8,6 +8,7 @@ from fastcifar.errors import UsageError
 from fastcifar.settings import Recipe
 
 HELD_OUT = 5000  # training images kept aside for --target, --patience and --validate
+TRACKERS = ("tensorboard", "mlflow")
 LIMITS = ("budget", "plan", "steps", "epochs")  # the first one set counts
 
 
@@ -25,6 +26,7 @@ class Job:
         workers: threads or processes that make batches; None is one for each core.
         target: stop at this accuracy on 5,000 training images that are held out for it.
         patience: stop when so many looks in a row at those images saw nothing better, and keep the best weights.
+        track: who else is told of the training, such as "tensorboard,mlflow" (`track.py`).
         validate: hold those images out and look at them, but train to the end.
         fallback_dataset: trained on when `dataset` is nowhere to be found.
         as_reported: the settings began as those of the report that the recipe comes from.
@@ -44,6 +46,7 @@ class Job:
     target: float | None = None
     patience: int | None = None
     validate: bool = False
+    track: str | None = None
     fallback_dataset: str | None = None
     as_reported: bool = False
 
@@ -57,6 +60,8 @@ class Job:
             raise UsageError(f"--target: is an accuracy between 0 and 1, not {self.target:g}.", "--target 0.94")
         if self.patience is not None and self.patience < 1:
             raise UsageError(f"--patience: must be at least 1, is {self.patience}.", "--patience 5")
+        if wrong := set(self.trackers) - {*TRACKERS}:
+            raise UsageError(f"--track: there is no {min(wrong)!r}; there are {', '.join(TRACKERS)}.", "--track mlflow")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers: must be at least 1, is {self.workers}.", "--workers 1")
         if self.seed < 0:
@@ -66,6 +71,10 @@ class Job:
     @property
     def budget_s(self) -> float | None:
         return parse_duration(self.budget) if self.budget else None
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name.strip() for name in self.track.split(",")] if self.track else []
 
     @property
     def holds_out(self) -> bool:

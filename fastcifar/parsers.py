@@ -181,6 +181,9 @@ def train_parser(words: list[str]) -> ArgumentParser:
     parser.add_argument(
         "--validate", action="store_true", help="hold out those 5,000 and say what the model makes of them"
     )
+    parser.add_argument(
+        "--track", type=str | None, default=None, help="tell tensorboard, mlflow or tensorboard,mlflow of the run, too"
+    )
     parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")
     parser.add_argument("--out", type=Path | None, default=None, help="the run folder (default: a new one in runs/)")
     parser.add_argument(

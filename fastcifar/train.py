@@ -34,6 +34,7 @@ from fastcifar.result import describe_result
 from fastcifar.run import Checkpoint, Metrics, RunFolder
 from fastcifar.settings import ClassicOptim, Recipe, Tta
 from fastcifar.setup import Setup, resize, set_up
+from fastcifar.track import Tracking, check_trackers
 
 CHECKPOINT_EVERY_S = 30.0
 REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
@@ -57,6 +58,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
+    check_trackers(job)
     interrupts = Interrupts()
     checkpoint = folder.read_checkpoint() if resume else None
     if checkpoint is not None:
@@ -84,15 +86,17 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
+    tracking = Tracking(lasting, folder, metrics.rows, display.say)
 
     saved_s = -math.inf
-    with interrupts.held():
+    with tracking, interrupts.held():
         for rows in () if looks.enough else fit(setup, recipe, pace, position, looks.due):
             progress, now_s = rows[-1]["progress"], time.monotonic()
             if looks.due(position.step, progress):
                 rows[-1] |= looks.look(setup.model, position.step, progress)
             for row in rows:
                 metrics.add(row | {"wall_s": now_s - started_s})
+                tracking.add(metrics.rows[-1])
             display.update(rows[-1], pace.steps, pace.left_s(position.step))
             if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
                 folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s, looks))
@@ -117,6 +121,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
     result["wall_s"] = time.monotonic() - started_s
     folder.finish(result)
+    tracking.finish(result)
     return result
 
 
