@@ -1,7 +1,8 @@
 """--track: the metrics, configuration and result of a run, also where other tools look for them.
 
-A thread of its own hands them on, so a step pays for a place in a queue only; a tracker that fails (its server is gone,
-its disk full) says so once, and the training goes on without it. What metrics.jsonl holds is complete either way.
+A thread of its own hands them on, so that a step only pays for a place in a queue. A tracker that fails (its server is
+gone, its disk full) says so once, and the training goes on without it; metrics.jsonl is complete either way. A budget
+pays for the beginning: TensorBoard takes a second, MLflow two, and some more where it makes its database.
 
 tensorboard  event files in the run folder: `tensorboard --logdir runs`
 mlflow       the server at $MLFLOW_TRACKING_URI, else mlflow.db beside the run folder and mlruns/ for its reports:
@@ -14,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +26,8 @@ from fastcifar.run import RunFolder, dump_yaml, write_atomically
 
 EXPERIMENT = "fastcifar"
 WAIT_S = 30.0  # at the end, for what a slow server has not taken yet; result.json is written before that
-MLFLOW_METRICS = 1000  # that one call may log
+MLFLOW_METRICS, MLFLOW_PARAMS = 1000, 100  # that one call may log
+EVERY_S = 1.0  # rows are handed on in pieces of this length: each costs MLflow a transaction
 
 
 class Tracker(Protocol):
@@ -62,6 +65,7 @@ class MLflow:
 
     def __init__(self, folder: RunFolder, config: dict, rows: list[dict]):
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         runs = folder.path.absolute().parent
         uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -75,8 +79,9 @@ class MLflow:
             experiment = self.experiment(None if uri else runs)
             self.id = self.client.create_run(experiment, run_name=folder.path.name).info.run_id
             write_atomically(known, self.id.encode())
-            for name, value in flat(config).items():
-                self.client.log_param(self.id, name, value)
+            params = [Param(name, value) for name, value in flat(config).items()]
+            for first in range(0, len(params), MLFLOW_PARAMS):
+                self.client.log_batch(self.id, params=params[first : first + MLFLOW_PARAMS])
         self.log(rows)
 
     def experiment(self, runs: Path | None) -> str:
@@ -149,7 +154,7 @@ class Tracking:
             raise UsageError(f"--track {name}: cannot begin{where}: {first_line(error)}.", "without --track") from error
 
     def add(self, row: dict) -> None:
-        """A row of metrics. Takes 1 us; the thread takes what is queued in one piece."""
+        """A row of metrics. Takes 11 us; the thread 0.2 ms for TensorBoard, 0.5 ms for MLflow's SQLite (busy cores)."""
         if self.trackers:
             self.queue.put(row)
 
@@ -169,11 +174,14 @@ class Tracking:
     def work(self) -> None:
         end = None
         while end is None:
-            found = [self.queue.get()]
-            while not self.queue.empty():
-                found.append(self.queue.get())
-            rows = [item for item in found if isinstance(item, dict)]
-            end = next((item for item in found if isinstance(item, tuple)), None)
+            rows, until_s = [], time.monotonic() + EVERY_S
+            with suppress(queue.Empty):
+                while end is None:
+                    item = self.queue.get(timeout=max(0.0, until_s - time.monotonic()))
+                    if isinstance(item, tuple):
+                        end = item
+                    else:
+                        rows.append(item)
             self.tell(lambda tracker, rows=rows: tracker.log(rows))
         self.tell(lambda tracker: tracker.close(end[0], self.folder.path / "report.html"))
 

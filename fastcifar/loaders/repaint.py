@@ -9,6 +9,7 @@ Shapes: N images of the data set, B of a batch, H rows, W columns, C = 3 channel
 """
 
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from fastcifar.data.download import import_torchvision
 from fastcifar.settings import Augment
 
-NOTHING = ("Identity", 0.0)
 Stroke = tuple[str, float]  # torchvision's name of an operation, its magnitude
+NOTHING: Stroke = ("Identity", 0.0)
 
 
 @cache
@@ -83,7 +84,7 @@ def make_strokes(x_BCHW: Tensor, policy: str, strokes_B: Tensor) -> Tensor:
             x_MCHW = painter._apply_image_or_video_transform(
                 x_BCHW[ids_M], *strokes[stroke], interpolation=painter.interpolation, fill=painter._fill
             )
-            painted_BCHW[ids_M] = x_MCHW
+            painted_BCHW[ids_M] = cast(Tensor, x_MCHW)
     return painted_BCHW
 
 

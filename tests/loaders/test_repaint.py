@@ -90,8 +90,10 @@ def test_recipes_without_them_draw_what_they_drew_before():
     assert len(painted.strokes_N2.unique()) > 10
 
 
-@pytest.mark.parametrize("field", ["policy", "saturation", "hue"])
-def test_dali_refuses_by_name(feed, field):
-    augment = Augment(**{field: "randaugment" if field == "policy" else 0.1})
+@pytest.mark.parametrize(
+    ("field", "augment"),
+    [("policy", Augment(policy="autoaugment")), ("saturation", Augment(saturation=0.1)), ("hue", Augment(hue=0.1))],
+)
+def test_dali_refuses_by_name(feed, field, augment):
     with pytest.raises(UsageError, match=f"--augment.{field}: --loader dali cannot do it"):
         feed("dali").loader("train", batch_size=10, augment=augment)
