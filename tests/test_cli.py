@@ -219,9 +219,8 @@ def test_what_show_prints_is_a_config(tmp_path):
 def test_a_job_survives_its_config_file(tmp_path):
     from fastcifar.run import RunFolder
 
-    job = job_of(
-        "--budget", "1h30m", "--data", "here", "--model.widths", "[8,16,24]", "--target", "0.9", "--patience", "3"
-    )
+    words = ["--budget", "1h30m", "--data", "here", "--model.widths", "[8,16,24]", "--target", "0.9"]
+    job = job_of(*words, "--patience", "3", "--track", "tensorboard,mlflow", "--augment.policy", "randaugment")
     folder = RunFolder.create(tmp_path / "run", "speed")
     folder.write_config(job.config())
     assert job_of("--config", str(tmp_path / "run/config.yaml")) == job
