@@ -7,6 +7,7 @@ budget.
 
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -64,13 +65,20 @@ class Pace:
         stages: image sizes and the progress up to which each is used.
         knots: the plan so far: one knot for a run of fixed length, those of an earlier run to replay or resume it.
         deadline_s: when the last step must have ended, on the caller's clock; None for a run of fixed length.
+        pauses_s: what else than steps will take until then, in seconds, for a training of so many steps.
     """
 
     HEADROOM = 0.01  # share of the time left that is not planned for: steps scatter by a few percent
     SLACK = 0.03  # replan when more than this share of the time left would stay unused
 
-    def __init__(self, stages: tuple[Stage, ...], knots: list[Knot], deadline_s: float | None = None):
-        self.stages, self.knots, self.deadline_s = stages, list(knots), deadline_s
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        knots: list[Knot],
+        deadline_s: float | None = None,
+        pauses_s: Callable[[int], float] = lambda steps: 0.0,
+    ):
+        self.stages, self.knots, self.deadline_s, self.pauses_s = stages, list(knots), deadline_s, pauses_s
         self.first_s: dict[int, float] = {}  # what the first step at an image size took
         self.recent_s: dict[int, deque[float]] = {}  # and the latest ones after it
 
@@ -127,7 +135,7 @@ class Pace:
         if progress >= 1:
             return 0.0
         step_s, surcharges_s = self.expect(progress)
-        return (self.steps - step) * step_s + surcharges_s
+        return (self.steps - step) * step_s + surcharges_s + self.pauses_s(self.steps)
 
     def measured(self, step: int, image_px: int, seconds: float, now_s: float) -> None:
         """Note what a step took; `step` steps are done now. Plans anew if the rest would not fit, or leave time."""
@@ -139,6 +147,7 @@ class Pace:
             return
         progress = self.progress(step)
         if not self.knots:  # the very first step: assume it was as far as any other will be
+            # It is the slowest of all; to take pauses off as well would plan for so few that the next comes too late.
             steps = max(2, round((self.deadline_s - now_s) / self.expect(0.0)[0]) + 1)
             self.knots.append(Knot(0, 0.0, steps))
             return
@@ -146,7 +155,8 @@ class Pace:
             return
         step_s, surcharges_s = self.expect(progress)
         left_s = self.deadline_s - now_s - surcharges_s
-        unused_s = left_s - (self.steps - step) * step_s
+        unused_s = left_s - (self.steps - step) * step_s - self.pauses_s(self.steps)
         if unused_s < 0 or unused_s > max(self.SLACK * left_s, 1.5 * step_s):
-            steps_left = max(1, int(left_s * (1 - self.HEADROOM) / step_s))
-            self.knots.append(Knot(step, progress, step + steps_left))
+            # As if pauses became fewer with the steps; as far as they do not, the next step finds out and plans again.
+            share = left_s * (1 - self.HEADROOM) / (left_s - unused_s)
+            self.knots.append(Knot(step, progress, step + max(1, int((self.steps - step) * share))))

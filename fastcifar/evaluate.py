@@ -4,6 +4,7 @@ Shapes: N images, B of a batch, C channels, H rows, W columns, K classes.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,10 +41,15 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
-    """Class probabilities [B, K], float32, in the images' dtype and on their device."""
+def answer(model: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """Logits [B, K], float32, computed in the images' dtype and on their device."""
     with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
-        return model(x_BCHW).float().softmax(1)
+        return model(x_BCHW).float()
+
+
+def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
+    """Class probabilities [B, K], float32."""
+    return answer(model, x_BCHW).softmax(1)
 
 
 def predict_views(model: nn.Module, x_BCHW: Tensor, shift_px: int) -> Tensor:
@@ -98,8 +104,18 @@ def top_confusions(confusion_KK: np.ndarray, names: tuple[str, ...]) -> list[tup
     return [(names[t], names[p], int(wrong_KK[t, p])) for t, p in pairs if wrong_KK[t, p]]
 
 
-def accuracy(model: nn.Module, loader: Loader) -> float:
-    """Share of a loader's images that the model gets right, without test-time augmentation."""
+class Judgement(NamedTuple):
+    accuracy: float  # share of the images that are right
+    loss: float  # mean cross-entropy, without label smoothing
+
+
+def judge(model: nn.Module, loader: Loader) -> Judgement:
+    """What the model makes of a loader's images, without test-time augmentation."""
     model.eval()
-    hits = sum((predict(model, x_BCHW).argmax(1) == y_B).sum() for x_BCHW, y_B in loader.epoch(0))
-    return float(hits) / len(loader.labels_N)
+    hits, loss = torch.zeros((), device=loader.device), torch.zeros((), device=loader.device)
+    for x_BCHW, y_B in loader.epoch(0):
+        logits_BK = answer(model, x_BCHW)
+        hits += (logits_BK.argmax(1) == y_B).sum()
+        loss += F.cross_entropy(logits_BK, y_B, reduction="sum")
+    images = len(loader.labels_N)
+    return Judgement(hits.item() / images, loss.item() / images)

@@ -7,7 +7,8 @@ from fastcifar.budget import Knot, parse_duration
 from fastcifar.errors import UsageError
 from fastcifar.settings import Recipe
 
-HELD_OUT = 5000  # training images kept aside for --target and --validate
+HELD_OUT = 5000  # training images kept aside for --target, --patience and --validate
+TRACKERS = ("tensorboard", "mlflow")
 LIMITS = ("budget", "plan", "steps", "epochs")  # the first one set counts
 
 
@@ -24,6 +25,8 @@ class Job:
         loader: what feeds the training (`loaders/feed.py`); "auto" measures.
         workers: threads or processes that make batches; None is one for each core.
         target: stop at this accuracy on 5,000 training images that are held out for it.
+        patience: stop when so many looks in a row at those images saw nothing better, and keep the best weights.
+        track: who else is told of the training, such as "tensorboard,mlflow" (`track.py`).
         validate: hold those images out and look at them, but train to the end.
         fallback_dataset: trained on when `dataset` is nowhere to be found.
         as_reported: the settings began as those of the report that the recipe comes from.
@@ -41,7 +44,9 @@ class Job:
     plan: list[Knot] = field(default_factory=list)
     steps: int | None = None
     target: float | None = None
+    patience: int | None = None
     validate: bool = False
+    track: str | None = None
     fallback_dataset: str | None = None
     as_reported: bool = False
 
@@ -53,6 +58,10 @@ class Job:
             raise UsageError(f"--steps: must be more than 0, is {self.steps}.", "--steps 200")
         if self.target is not None and not 0 < self.target < 1:
             raise UsageError(f"--target: is an accuracy between 0 and 1, not {self.target:g}.", "--target 0.94")
+        if self.patience is not None and self.patience < 1:
+            raise UsageError(f"--patience: must be at least 1, is {self.patience}.", "--patience 5")
+        if wrong := set(self.trackers) - {*TRACKERS}:
+            raise UsageError(f"--track: there is no {min(wrong)!r}; there are {', '.join(TRACKERS)}.", "--track mlflow")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers: must be at least 1, is {self.workers}.", "--workers 1")
         if self.seed < 0:
@@ -62,6 +71,14 @@ class Job:
     @property
     def budget_s(self) -> float | None:
         return parse_duration(self.budget) if self.budget else None
+
+    @property
+    def trackers(self) -> list[str]:
+        return [name.strip() for name in self.track.split(",")] if self.track else []
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.target or self.patience or self.validate)
 
     def config(self) -> dict:
         """The flat form that config.yaml holds and `--config` reads, with the one limit that counts."""

@@ -26,7 +26,7 @@ STUDIES = {  # which have parsers of their own, in studies/
 
 def parse(words: list[str]) -> Namespace:
     """Raises UsageError naming the flag that is wrong."""
-    if words and words[0] in STUDIES and not {"-h", "--help"} & set(words):
+    if words and words[0] in STUDY_FLAGS and not {"-h", "--help"} & set(words):
         return parse_study(words)
     parser = build_parser(words)
     try:
@@ -55,7 +55,7 @@ def parse_study(words: list[str]) -> Namespace:
     verb, *rest = words
     recipes = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    STUDIES[verb](parser)
+    STUDY_FLAGS[verb](parser)
     try:
         own, flags = parser.parse_known_args(rest[len(recipes) :])
     except argparse.ArgumentError as error:
@@ -181,7 +181,7 @@ def add_study_arguments(parser: argparse.ArgumentParser, default_out: str) -> No
 
 
 WAYS = ("as-reported", "fast")
-STUDIES = {"ablate": add_ablate_arguments, "reproduce": add_reproduce_arguments}
+STUDY_FLAGS = {"ablate": add_ablate_arguments, "reproduce": add_reproduce_arguments}
 
 
 def add_benchmarks(parser: ArgumentParser) -> None:
@@ -254,7 +254,16 @@ def train_parser(words: list[str]) -> ArgumentParser:
         "--target", type=float | None, default=None, help="stop at this accuracy on 5,000 held-out training images"
     )
     parser.add_argument(
+        "--patience",
+        type=int | None,
+        default=None,
+        help="stop when that many looks in a row at those 5,000 brought nothing better, and keep the best weights",
+    )
+    parser.add_argument(
         "--validate", action="store_true", help="hold out those 5,000 and say what the model makes of them"
+    )
+    parser.add_argument(
+        "--track", type=str | None, default=None, help="tell tensorboard, mlflow or tensorboard,mlflow of the run, too"
     )
     parser.add_argument("--plan", type=list[Knot], default=[], help="the schedule of an earlier run (config.yaml)")
     parser.add_argument("--out", type=Path | None, default=None, help="the run folder (default: a new one in runs/)")

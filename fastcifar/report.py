@@ -12,12 +12,15 @@ from fastcifar.data.dataset import Dataset
 from fastcifar.display import format_s
 from fastcifar.evaluate import Evaluation, top_confusions
 from fastcifar.run import RunFolder, write_atomically
+from fastcifar.settings import Recipe
 
 MISTAKES = 24
 INK, ACCENT, SECOND = "#24292f", "#0b6bcb", "#c2410c"
 
 
-def write_report(folder: RunFolder, result: dict, rows: list[dict], evaluation: Evaluation, dataset: Dataset) -> None:
+def write_report(
+    folder: RunFolder, result: dict, recipe: Recipe, rows: list[dict], evaluation: Evaluation, dataset: Dataset
+) -> None:
     """Write report.html from the result so far, the metrics' rows and the answers on the test images."""
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
     page = templates.get_template("report.html.j2").render(
@@ -25,7 +28,7 @@ def write_report(folder: RunFolder, result: dict, rows: list[dict], evaluation: 
         dataset=dataset,
         result=result,
         train_time=format_s(result["train_s"]),
-        curves=draw_curves(rows),
+        curves=draw_curves(rows, training_label(recipe)),
         confusion=shade(evaluation.confusion_KK) if len(dataset.class_names) <= 20 else None,
         confusions=top_confusions(evaluation.confusion_KK, dataset.class_names),
         classes=list(
@@ -38,8 +41,15 @@ def write_report(folder: RunFolder, result: dict, rows: list[dict], evaluation: 
     write_atomically(folder.path / "report.html", page.encode())
 
 
-def draw_curves(rows: list[dict]) -> str:
-    """Loss, accuracy and learning rate against wall-clock, as an inline SVG."""
+def training_label(recipe: Recipe) -> str:
+    """What the training loss is of: with other targets than the held-out loss has, it is another quantity."""
+    changes = ["smoothed labels"] if recipe.label_smoothing else []
+    changes += [recipe.mix] if recipe.mix != "none" else []
+    return ", ".join(["training batch", *changes])
+
+
+def draw_curves(rows: list[dict], training: str) -> str:
+    """Loss, accuracy and learning rate against wall-clock, as an inline SVG; `training` says what the loss is of."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -47,13 +57,17 @@ def draw_curves(rows: list[dict]) -> str:
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#8c959f"}):
         figure = Figure(figsize=(11, 2.9), layout="constrained")
         loss, right, lr = figure.subplots(1, 3)
-        loss.plot(time_s, [row["loss"] for row in rows], color=ACCENT, linewidth=1.2)
-        loss.set_title("training loss", loc="left")
+        loss.plot(time_s, [row["loss"] for row in rows], color=ACCENT, linewidth=1.2, label=training)
+        loss.set_title("loss", loc="left")
         right.plot(time_s, [100 * row["accuracy"] for row in rows], color=ACCENT, linewidth=1.2, label="training batch")
-        judged = [(row["wall_s"], 100 * row["val_accuracy"]) for row in rows if "val_accuracy" in row]
-        if judged:
-            right.plot(*zip(*judged, strict=True), "o-", color=SECOND, markersize=3, label="held out")
+        looks = [row for row in rows if "val_loss" in row]
+        if looks:
+            looked_s = [row["wall_s"] for row in looks]
+            dots = {"color": SECOND, "linewidth": 1.2, "marker": "o", "markersize": 3, "label": "held out"}
+            loss.plot(looked_s, [row["val_loss"] for row in looks], **dots)
+            right.plot(looked_s, [100 * row["val_accuracy"] for row in looks], **dots)
             right.legend(frameon=False)
+        loss.legend(frameon=False)
         right.set_title("accuracy, %", loc="left")
         lr.plot(time_s, [row["lr"] for row in rows], color=ACCENT, linewidth=1.2)
         lr.set_ylim(0, 1.05)

@@ -25,8 +25,8 @@ def describe_result(
     """Every key of result.json. `wall_s` is 0 until the moment before it is written.
 
     `train_s` is the clock that speedrun papers use (steps only), `wall_s` the user's (since the process started). The
-    macro averages, like `test_acc_tta`, are of the answers with test-time augmentation. `val_acc` is null unless
-    images were held out for --target.
+    macro averages, like `test_acc_tta`, are of the answers with test-time augmentation. `val_acc` is that of
+    the last look at held-out images, with --patience of the best, whose weights are kept; null if none were held out.
     """
     batch_size, dataset = setup.recipe.batch_size, setup.dataset
     return {

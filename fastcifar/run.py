@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -68,13 +68,14 @@ def source_commit() -> str | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training halted after `step` steps. Tensors are named `model.*` and `optimizer.*`."""
+    """A training halted after `step` steps. Tensors are named `model.*`, `optimizer.*` and `best.*`."""
 
     tensors: dict
     step: int
     spent_s: float  # wall-clock used so far, from process start
     train_s: float
     knots: list[Knot]
+    looks: dict = field(default_factory=dict)  # at the held-out images: `Looks.facts`
 
 
 class RunFolder:

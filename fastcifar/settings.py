@@ -128,9 +128,15 @@ Model = SpeedNetModel | MlpModel | CnnModel | DynamicModel | ResNet34Model
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a training image, in this order: crop, flip, rotation, brightness and contrast, cutout.
+    """What is done to a training image.
+
+    In this order: policy, saturation, hue; then crop, flip, rotation; then brightness and contrast; then cutout. The
+    first three make bytes of bytes, as torchvision does.
 
     Args:
+        policy: torchvision's RandAugment (two operations of magnitude 9 of 30) or AutoAugment (that for CIFAR-10).
+        saturation: multiply an image's distance from grey by 1 plus or minus up to this much; 0 is off.
+        hue: turn its colours by up to this share of the colour wheel, either way; 0 is off.
         crop_px: shift by up to this many pixels each way.
         border: what a shift brings in: the image's reflection, or black.
         flip: mirror at random each epoch, or alternate (each image mirrored every other epoch), or not at all.
@@ -147,13 +153,24 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
     cutout_px: int = 0
+    policy: Literal["none", "randaugment", "autoaugment"] = "none"
+    saturation: float = 0.0
+    hue: float = 0.0
 
     def checks(self) -> Iterator[Check]:
+        yield "saturation", "from 0 to 1", 0 <= self.saturation <= 1
+        yield "hue", "from 0 to 0.5", 0 <= self.hue <= 0.5
         yield "crop_px", "from 0 to 31", 0 <= self.crop_px <= 31
         yield "rotate_deg", "from 0 to 45", 0 <= self.rotate_deg <= 45
         yield "brightness", "from 0 to 1", 0 <= self.brightness <= 1
         yield "contrast", "from 0 to below 1", 0 <= self.contrast < 1
         yield "cutout_px", "from 0 to 32", 0 <= self.cutout_px <= 32
+
+    @property
+    def repaints(self) -> tuple[str, ...]:
+        """The fields that are set of those that make bytes of bytes (`loaders/repaint.py`)."""
+        wanted = {"policy": self.policy != "none", "saturation": self.saturation > 0, "hue": self.hue > 0}
+        return tuple(name for name, is_set in wanted.items() if is_set)
 
 
 @dataclass(frozen=True)

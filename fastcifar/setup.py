@@ -67,7 +67,7 @@ def set_up(job: Job, display: Display) -> Setup:
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
     torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
-    train_N, held_out_N = hold_out(dataset, HELD_OUT) if job.target or job.validate else (None, None)
+    train_N, held_out_N = hold_out(dataset, HELD_OUT) if job.holds_out else (None, None)
     images = len(dataset.train) if train_N is None else len(train_N)
     if recipe.batch_size > images:
         raise UsageError(
@@ -146,7 +146,8 @@ def hold_out(dataset: Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     images = len(dataset.train)
     if images <= count:
         raise UsageError(
-            f"--target and --validate hold out {count} training images, {dataset.name} has {images}.", "--epochs 10"
+            f"--target, --patience and --validate hold out {count} training images, {dataset.name} has {images}.",
+            "--epochs 10",
         )
     order_N = torch.from_numpy(np.random.default_rng(0).permutation(images))
     return order_N[count:].sort().values, order_N[:count].sort().values

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,18 +24,19 @@ from fastcifar.budget import Knot, Pace, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
-from fastcifar.evaluate import accuracy, evaluate
+from fastcifar.evaluate import evaluate
 from fastcifar.interrupts import Interrupts
-from fastcifar.job import Job
+from fastcifar.job import HELD_OUT, Job
+from fastcifar.looks import Looks
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.report import write_report
 from fastcifar.result import describe_result
 from fastcifar.run import Checkpoint, Metrics, RunFolder
 from fastcifar.settings import ClassicOptim, Recipe, Tta
 from fastcifar.setup import Setup, resize, set_up
+from fastcifar.track import Tracking, check_trackers
 
 CHECKPOINT_EVERY_S = 30.0
-JUDGE_EVERY = 0.1  # progress between two looks at the held-out images; each costs a second on two cores
 REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
 EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
 
@@ -57,6 +58,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
+    check_trackers(job)
     interrupts = Interrupts()
     checkpoint = folder.read_checkpoint() if resume else None
     if checkpoint is not None:
@@ -68,58 +70,72 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     if setup.feed.pack is not None:
         display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")
 
+    cost_s = setup.look_s * HELD_OUT
+    looks = Looks(setup.held_out_loader, len(setup.loader), cost_s, target=job.target, patience=job.patience)
     if job.budget_s is not None:
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
-            refuse_hopeless(job.budget_s, deadline_s)
+            refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1))
         recipe = replace(recipe, tta=tta)
-        pace = Pace(recipe.stages, job.plan, deadline_s)
+        pace = Pace(recipe.stages, job.plan, deadline_s, pauses_s=looks.ahead_s)
     else:
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)])
     # What is resumed or repeated later keeps the data set, batch size and second look that were settled on now.
     lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None, loader=setup.feed.name)
     folder.write_config(lasting.config())
-    position = restore(setup, pace, checkpoint) if checkpoint else Position()
+    position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
-    val_acc = next((row["val_accuracy"] for row in reversed(metrics.rows) if "val_accuracy" in row), None)
+    tracking = Tracking(lasting, folder, metrics.rows, display.say)
 
-    saved_s, judged = -math.inf, pace.progress(position.step)
-    with interrupts.held():
-        for rows in fit(setup, recipe, pace, position):
+    saved_s = -math.inf
+    with tracking, interrupts.held():
+        for rows in () if looks.enough else fit(setup, recipe, pace, position, looks.due):
             progress, now_s = rows[-1]["progress"], time.monotonic()
-            if setup.held_out_loader and (progress >= min(1.0, judged + JUDGE_EVERY)):
-                val_acc = rows[-1]["val_accuracy"] = accuracy(setup.model, setup.held_out_loader)
-                judged = progress
+            if looks.due(position.step, progress):
+                rows[-1] |= looks.look(setup.model, position.step, progress)
             for row in rows:
                 metrics.add(row | {"wall_s": now_s - started_s})
+                tracking.add(metrics.rows[-1])
             display.update(rows[-1], pace.steps, pace.left_s(position.step))
             if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
-                folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s))
+                folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s, looks))
                 saved_s = time.monotonic()
             if interrupts.caught:
                 raise KeyboardInterrupt
-            if job.target and val_acc and val_acc >= job.target:
+            if looks.enough:
                 break
     display.close()
+    val_acc = looks.accuracy
+    if looks.best_state:
+        val_acc = looks.best
+        setup.model.load_state_dict(looks.best_state)
+        display.say(f"kept the weights of step {looks.best_step} of {position.step}: {looks.best:.2%} held out")
 
     evaluation_began_s = time.monotonic()
     evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
     eval_s = time.monotonic() - evaluation_began_s
     folder.write_model(setup.model.state_dict())
     result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
-    write_report(folder, result, metrics.rows, evaluation, setup.dataset)
+    write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
     folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
     result["wall_s"] = time.monotonic() - started_s
     folder.finish(result)
+    tracking.finish(result)
     return result
 
 
-def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterator[list[dict]]:
+def fit(
+    setup: Setup,
+    recipe: Recipe,
+    pace: Pace,
+    position: Position,
+    due: Callable[[int, float], bool] = lambda step, progress: False,
+) -> Iterator[list[dict]]:
     """Train on from `position` until all progress is made; yields rows of metrics whenever the device was waited for.
 
-    That is after 1, 2, 4 ... and at last every `setup.wait_every` steps. What the caller does in between counts as no
-    training time.
+    That is after 1, 2, 4 ... and at last every `setup.wait_every` steps, and whenever the caller has something to do:
+    when `due` says so of the steps done and the progress made. What it does then counts as no training time.
 
     Raises DivergedError.
     """
@@ -136,7 +152,8 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position) -> Iterato
             loss, hits = train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
-            if len(pending) < length and pace.progress(position.step) < 1:
+            progress = pace.progress(position.step)
+            if len(pending) < length and progress < 1 and not due(position.step, progress):
                 continue
 
             rows = [read_row(row, loss, hits, recipe) for row, loss, hits in pending]  # waits for the device
@@ -210,17 +227,17 @@ def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> 
 
 
 def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
-    """Raise UsageError if less than a fifth of the budget is left to train before `deadline_s`."""
+    """Raise UsageError if less than a fifth of the budget is left to train before `deadline_s`, looks taken off."""
     left_s = deadline_s - time.monotonic()
     if left_s < 0.2 * budget_s:
         needed_s = math.ceil((budget_s - left_s) / 0.7)
         raise UsageError(
-            f"--budget: set-up and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
+            f"--budget: set-up, looks and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
             f"--budget {needed_s}s",
         )
 
 
-def capture(setup: Setup, pace: Pace, position: Position, spent_s: float) -> Checkpoint:
+def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks | None = None) -> Checkpoint:
     """The training as it stands, for `RunFolder.write_checkpoint`."""
     tensors = {f"model.{name}": value for name, value in setup.model.state_dict().items()}
     tensors["random.cpu"] = torch.get_rng_state()  # what dropout draws from
@@ -229,13 +246,19 @@ def capture(setup: Setup, pace: Pace, position: Position, spent_s: float) -> Che
     for number, optimizer in enumerate(setup.optimizers):
         for weight, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
-    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
+    if looks is None:
+        return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
+    tensors |= {f"best.{name}": value for name, value in looks.best_state.items()}
+    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, looks.facts())
 
 
-def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint) -> Position:
-    """Bring model, optimizers, random numbers and pace to where `capture` saw them."""
-    model = {name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")}
-    setup.model.load_state_dict(model)
+def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks | None = None) -> Position:
+    """Bring model, optimizers, random numbers, pace and looks to where `capture` saw them."""
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
+
+    setup.model.load_state_dict(named("model."))
     for number, optimizer in enumerate(setup.optimizers):
         state = defaultdict(dict)
         for name, tensor in checkpoint.tensors.items():
@@ -247,4 +270,8 @@ def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint) -> Position:
     if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
     pace.knots = list(checkpoint.knots)
+    if looks is not None:
+        looks.best_state = named("best.")
+        for name, fact in checkpoint.looks.items():
+            setattr(looks, name, fact)
     return Position(checkpoint.step, checkpoint.train_s)

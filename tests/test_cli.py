@@ -60,6 +60,7 @@ def test_every_verb_stands_in_the_help():
         (["train", "--steps", "0"], "--steps"),
         (["train", "--seed", "-1"], "--seed"),
         (["train", "--target", "94"], "--target"),
+        (["train", "--patience", "0"], "--patience"),
         (["train", "--optim.muon_lr", "-1"], "optim.muon_lr"),
         (["train", "--optim.muon_lr", "fast"], "optim.muon_lr"),
         (["train", "--as-reported"], "--as-reported"),
@@ -119,7 +120,7 @@ def test_a_batch_larger_than_the_set_ends_with_2(small_cifar, tmp_path):
 def test_a_target_needs_images_to_hold_out(small_cifar, tmp_path):
     done = fastcifar("train", "--data", str(small_cifar), "--target", "0.9", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
-    assert "--target and --validate hold out 5000 training images, cifar10 has 2000" in done.stderr
+    assert "--target, --patience and --validate hold out 5000 training images, cifar10 has 2000" in done.stderr
 
 
 def test_divergence_ends_with_4(small_cifar, tmp_path):
@@ -228,7 +229,8 @@ def test_what_show_prints_is_a_config(tmp_path):
 def test_a_job_survives_its_config_file(tmp_path):
     from fastcifar.run import RunFolder
 
-    job = job_of("--budget", "1h30m", "--data", "here", "--model.widths", "[8,16,24]", "--target", "0.9")
+    words = ["--budget", "1h30m", "--data", "here", "--model.widths", "[8,16,24]", "--target", "0.9"]
+    job = job_of(*words, "--patience", "3", "--track", "tensorboard,mlflow", "--augment.policy", "randaugment")
     folder = RunFolder.create(tmp_path / "run", "speed")
     folder.write_config(job.config())
     assert job_of("--config", str(tmp_path / "run/config.yaml")) == job

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcifar.data.dataset import Split
-from fastcifar.evaluate import accuracy, evaluate, predict, predict_views, scores, top_confusions
+from fastcifar.evaluate import evaluate, judge, predict, predict_views, scores, top_confusions
 from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.settings import Tta
@@ -47,9 +47,18 @@ def test_evaluation_without_augmentation_is_the_plain_answer(model, loader):
     expected = (answers == loader.labels_N).float().mean().item()
     found = evaluate(model, loader, 5, Tta(share=0.0))
     assert found.accuracy == found.accuracy_tta == pytest.approx(expected)
-    assert accuracy(model, loader) == pytest.approx(expected)
+    assert judge(model, loader).accuracy == pytest.approx(expected)
     assert found.confusion_KK.sum() == 130
     assert np.diag(found.confusion_KK).sum() == pytest.approx(expected * 130)
+
+
+def test_the_loss_of_a_judgement_is_the_mean_over_all_images(model, loader):
+    """Batches of 50, 50 and 30."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(loader.take(torch.arange(130)))
+    expected = torch.nn.functional.cross_entropy(logits, loader.labels_N).item()
+    assert judge(model, loader).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_full_augmentation_is_the_weighted_mean_of_six_views(model, loader):

@@ -19,8 +19,10 @@ from fastcifar.budget import Knot, Pace
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
+from fastcifar.evaluate import judge
 from fastcifar.job import Job
 from fastcifar.loaders.feed import import_loader
+from fastcifar.looks import Looks
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.run import RunFolder
 from fastcifar.settings import Augment, ClassicOptim, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
@@ -229,9 +231,13 @@ def test_validation_trains_to_the_end_and_says_what_it_saw(tmp_path):
     shapes = Job("speed", SMALL, dataset="shapes10", device="cpu", steps=12, validate=True)
     result = run_to_end(shapes, tmp_path / "run")
     assert result["steps"] == 12
-    seen = [row["val_accuracy"] for row in rows(tmp_path / "run") if "val_accuracy" in row]
-    assert len(seen) > 1
-    assert result["val_acc"] == seen[-1]
+    looks = [row for row in rows(tmp_path / "run") if "val_accuracy" in row]
+    assert [row["step"] for row in looks] == [2, 4, 6, 8, 10, 12], "every 0.1 of progress is every second step"
+    assert all(row["val_loss"] > 0 for row in looks)
+    assert result["val_acc"] == looks[-1]["val_accuracy"]
+    page = (tmp_path / "run/report.html").read_text()
+    assert page.count(">held out<") == 2, "beside the loss and beside the accuracy"
+    assert "training batch, smoothed labels" in page
 
 
 def test_target_stops_early(small_cifar, tmp_path):
@@ -240,6 +246,53 @@ def test_target_stops_early(small_cifar, tmp_path):
     assert 0.3 <= result["val_acc"] < 1
     assert result["steps"] < 1000
     assert [row for row in rows(tmp_path / "run") if "val_accuracy" in row]
+
+
+@pytest.fixture
+def unsteady(job, monkeypatch) -> Job:
+    """A training that stalls long before its end, with 500 images held out."""
+    monkeypatch.setattr("fastcifar.setup.HELD_OUT", 500)
+    settings = replace(SMALL, dtype="float32", optim=SpeedOptim(muon_lr=2.0, head_lr=3.0))
+    return replace(job, settings=settings, steps=100, patience=2)
+
+
+def test_patience_keeps_the_best_weights_of_a_training_that_stalls(unsteady, tmp_path):
+    job = unsteady
+    result = run_to_end(job, tmp_path / "run")
+    seen = {row["step"]: row["val_accuracy"] for row in rows(tmp_path / "run") if "val_accuracy" in row}
+    best_step = max(seen, key=lambda step: (seen[step], -step))
+    assert len([step for step in seen if step > best_step]) == 2
+    assert result["steps"] == max(seen) < 100
+    assert result["val_acc"] == seen[best_step]
+    setup = set_up(job, Display())
+    setup.model.load_state_dict(weights(tmp_path / "run"))
+    assert setup.held_out_loader is not None
+    assert judge(setup.model, setup.held_out_loader).accuracy == seen[best_step], "statistics of BatchNorm included"
+
+
+def test_patience_survives_interruptions(unsteady, tmp_path, monkeypatch):
+    """Stopped at each of its looks, the last one too, a training ends where it would have, with the same weights."""
+    job = unsteady
+    whole = run_to_end(job, tmp_path / "whole")
+    folder = RunFolder.create(tmp_path / "run", job.recipe)
+    look = Looks.look
+
+    def look_and_interrupt(*looking):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return look(*looking)
+
+    monkeypatch.setattr(Looks, "look", look_and_interrupt)
+    interrupted = 0
+    while not (tmp_path / "run/result.json").exists():
+        try:
+            train(job, folder, Display(), time.monotonic(), resume=interrupted > 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == len([row for row in rows(tmp_path / "whole") if "val_accuracy" in row]) >= 3
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["steps"], result["val_acc"]) == (whole["steps"], whole["val_acc"])
+    one, same = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], same[name]) for name in one)
 
 
 def test_held_out_images_are_not_trained_on():

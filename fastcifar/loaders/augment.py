@@ -4,6 +4,8 @@
 normalised images in the compute dtype, by `apply_torch`, plain indexing on any device, or `apply_numba`, a parallel
 kernel for the CPU; on a CPU both give the same bits.
 
+Policies, saturation and hue come first, in `repaint.py`, from bytes to bytes.
+
 Normalising, brightness and contrast come down to one multiplication and one addition for each channel of an image. A
 rotated pixel's source is found in whole numbers, 1/65536 of half a pixel each: no device rounds those in its own way.
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcifar.loaders.repaint import draw_strokes, repaint
 from fastcifar.settings import Augment
 from fastcifar_kernels.loops import as_array, narrow
 
@@ -54,6 +57,9 @@ class Draws:
     gain_NC: Tensor  # float32, of all that: pixel 0..255 -> pixel * gain + bias, normalised and recoloured
     bias_NC: Tensor
     cutout_N2: Tensor  # int64, top left corner of the square, which may hang over the border
+    strokes_N2: Tensor  # int64, of the policy
+    saturation_N: Tensor  # float32, what the distance from grey is multiplied by
+    hue_N: Tensor  # float32, in turns of the colour wheel
 
     def _each(self, change) -> "Draws":
         names = [field.name for field in fields(self) if field.name != "augment"]
@@ -65,6 +71,11 @@ class Draws:
 
     def to(self, device: torch.device) -> "Draws":
         return self._each(lambda rows: rows.to(device, non_blocking=True))
+
+    def repaint(self, images_BHWC: Tensor, places_B: Tensor) -> Tensor:
+        """These images, bytes, after what `augment.repaints` names."""
+        drawn = self.strokes_N2[places_B], self.saturation_N[places_B], self.hue_N[places_B]
+        return repaint(images_BHWC, self.augment, *drawn)
 
     @property
     def recolours(self) -> bool:
@@ -106,16 +117,27 @@ def draw(augment: Augment, images: int, image_px: int, seed: int, epoch: int) ->
         angle_N = uniform(augment.rotate_deg)
         turn_N2 = torch.stack([angle_N.deg2rad().cos(), angle_N.deg2rad().sin()], dim=1)
         turn_N2 = (turn_N2.double() * 2**TURN_BITS).round().long()
-    return Draws(augment, shift_N2, mirror_N, turn_N2, angle_N, scale_N, offset_N, gain_NC, bias_NC, cutout_N2)
+    strokes_N2 = same(torch.zeros(2).long())
+    if augment.policy != "none":
+        strokes_N2 = draw_strokes(augment.policy, images, image_px, generator)
+    saturation_N = 1 + uniform(augment.saturation) if augment.saturation else same(torch.ones(()))
+    hue_N = uniform(augment.hue) if augment.hue else same(torch.zeros(()))
+    geometry, colour = (shift_N2, mirror_N, turn_N2, angle_N), (scale_N, offset_N, gain_NC, bias_NC)
+    return Draws(augment, *geometry, *colour, cutout_N2, strokes_N2, saturation_N, hue_N)
 
 
 def apply(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images of uint8, augmented: [B, 3, H, W] channels-last in `dtype`, on their device. Never waits for that device.
+    """Images of uint8, augmented: [B, 3, H, W] channels-last in `dtype`, on their device.
+
+    Never waits for that device, unless there is a policy.
 
     Args:
         ids_B: which of `images_NHWC`, int64.
         draws: of the epoch; `places_B`: which of them, int64. All on the device of the images.
     """
+    if draws.augment.repaints:
+        images_NHWC = draws.repaint(images_NHWC[ids_B], places_B)
+        ids_B = torch.arange(len(ids_B), device=ids_B.device)
     how = apply_numba if images_NHWC.device.type == "cpu" else _compiled()
     return how(images_NHWC, ids_B, draws, places_B, dtype)
 

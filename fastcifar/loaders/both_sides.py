@@ -27,8 +27,8 @@ class BothSides:
 
     @staticmethod
     def suits(augment: Augment, side_px: int) -> bool:
-        """No rotation, and no shift so far that what it reflects has left the image."""
-        return not augment.rotate_deg and 2 * augment.crop_px < side_px
+        """No rotation, no new bytes, and no shift so far that what it reflects has left the image."""
+        return not augment.rotate_deg and not augment.repaints and 2 * augment.crop_px < side_px
 
     def __init__(self, images_NHWC: np.ndarray, augment: Augment):
         mirrors = augment.flip != "none"

@@ -22,6 +22,7 @@ from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 
 from fastcifar.data.dataset import Split
+from fastcifar.errors import UsageError
 from fastcifar.loaders.augment import MEAN_C, STD_C, Draws
 from fastcifar.loaders.loader import Batch, Loader
 
@@ -34,6 +35,9 @@ class DaliLoader(Loader):
 
     def __init__(self, split: Split, *, file: Path, index: Path, **options):
         super().__init__(split, **options)
+        if self.augment.repaints:
+            flag = f"--augment.{self.augment.repaints[0]}"
+            raise UsageError(f"{flag}: --loader dali cannot do it, the other loaders can.", "--loader ffcv")
         self.file, self.index = file, index
 
     @cached_property

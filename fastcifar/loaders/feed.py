@@ -101,16 +101,16 @@ def pick_feed(
 ) -> tuple[Feed, Loader, str]:
     """(the first feed whose loader makes as many images a second as a step takes, or the fastest; that loader; why).
 
-    What is not installed, or has no room for its files, is passed over. The first that suffices is enough: a faster one
-    would only wait.
+    What is not installed, has no room for its files, or cannot augment as asked, is passed over. The first that
+    suffices is enough: a faster one would only wait.
     """
     tried = []
     for name in LOADERS:
         try:
             feed = open_named(name)
+            loader = train_loader(feed)
         except UserError:
             continue
-        loader = train_loader(feed)
         tried.append((images_per_s(loader), feed, loader))
         if tried[-1][0] >= needed_per_s:
             break

@@ -51,7 +51,10 @@ class Drawn(MapDataset):
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         draws, augment = self.draws, self.draws.augment
-        x_CHW = torch.from_numpy(self.split.images_NHWC[place].transpose(2, 0, 1).copy())
+        image_HWC = torch.from_numpy(self.split.images_NHWC[place].copy())
+        if augment.repaints:
+            image_HWC = draws.repaint(image_HWC[None], torch.tensor([place]))[0]
+        x_CHW = image_HWC.permute(2, 0, 1).contiguous()
         side_px = x_CHW.shape[1]
         if augment.crop_px:
             mode = "reflect" if augment.border == "reflect" else "constant"

@@ -100,6 +100,20 @@ def test_each_gives_the_batches_of_the_resident_one(make, feed, name):
         assert torch.equal(y, y_B)
 
 
+REPAINTED = Augment(policy="randaugment", saturation=0.3, hue=0.2)
+
+
+@pytest.mark.parametrize("augment", [REPAINTED, Augment(policy="autoaugment")], ids=["everything", "autoaugment"])
+def test_new_bytes_are_the_same_to_the_bit_with_any_loader_and_number_of_workers(make, feed, augment):
+    if make.kind == "dali":
+        pytest.skip("it refuses: test_repaint.py")
+    options = {"batch_size": 20, "shuffle": True, "seed": 3, "augment": augment, "dtype": torch.bfloat16}
+    expected = all_of(feed("resident", 1, options.pop("dtype")).loader("train", **options), 1)
+    assert not same(expected, all_of(feed("resident", 1, torch.bfloat16).loader("train", **options), 2))
+    for workers in (1, 2):
+        assert same(expected, all_of(make(workers=workers, dtype=torch.bfloat16, **options), 1))
+
+
 def test_each_rotates_as_the_resident_one(make, feed):
     """A pixel's centre may fall on the edge between two: which of them is nearest is then a matter of rounding."""
     options = {"batch_size": 100, "shuffle": True, "augment": Augment(rotate_deg=15.0)}
