@@ -51,8 +51,6 @@ def run(words: list[str], started_s: float) -> int:
         "eval": evaluate,
         "data": data,
         "recipes": recipes,
-        "ablate": ablate,
-        "reproduce": reproduce,
         "bench": bench,
         "verify-kernels": verify_kernels,
         "doctor": doctor,
@@ -148,26 +146,6 @@ def recipes(chosen: Namespace, started_s: float) -> int:
 
         recipe = find_recipe(chosen.name, chosen.as_reported)
         print(dump_yaml({"recipe": chosen.name, "as_reported": chosen.as_reported} | asdict(recipe)))
-    return EXIT_DONE
-
-
-def ablate(chosen: Namespace, started_s: float) -> int:
-    from fastcifar.display import Display
-    from fastcifar.studies.ablate import Ablation, ablate
-
-    if len(chosen.recipes) != 1:
-        raise UsageError("ablate: takes the name of one recipe, before all flags.", "fastcifar ablate mlp --help")
-    asked = Ablation(chosen.recipes[0], chosen.without, chosen.vary, chosen.seeds, chosen.flags)
-    ablate(asked, chosen.out, Display())
-    return EXIT_DONE
-
-
-def reproduce(chosen: Namespace, started_s: float) -> int:
-    from fastcifar.display import Display
-    from fastcifar.studies.reproduce import Reproduction, reproduce
-
-    asked = Reproduction(chosen.recipes, chosen.only, chosen.seeds, chosen.flags)
-    reproduce(asked, chosen.out, chosen.readme, Display())
     return EXIT_DONE
 
 

@@ -1,7 +1,6 @@
 """What may be typed: a parser for each verb, the flags of `train` taken from the fields of the recipe it names."""
 
 import argparse
-import itertools
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,8 @@ DATASETS = Literal["cifar10", "cifar100", "shapes10"]
 LOADERS = Literal["resident", "ffcv", "dali", "torch"]
 DEFAULT_RECIPE = "speed"
 STUDIES = {  # which have parsers of their own, in studies/
+    "ablate": "what each part of a recipe is worth, or which value of a field is best",
+    "reproduce": "train the recipes of the reports, beside what was reported",
     "sweep": "search the values of a recipe's fields that train best, on one machine or many",
     "tune": "find a learning rate, or a batch size for this machine",
 }
@@ -26,8 +27,6 @@ STUDIES = {  # which have parsers of their own, in studies/
 
 def parse(words: list[str]) -> Namespace:
     """Raises UsageError naming the flag that is wrong."""
-    if words and words[0] in STUDY_FLAGS and not {"-h", "--help"} & set(words):
-        return parse_study(words)
     parser = build_parser(words)
     try:
         return parser.instantiate(parser.parse_args(words))
@@ -50,19 +49,6 @@ def read_job(chosen: Namespace) -> Job:
     return Job(settings=Recipe(**recipe, epochs=epochs), **job)  # type: ignore[arg-type]
 
 
-def parse_study(words: list[str]) -> Namespace:
-    """A study's recipes and own flags, and in `flags` the words that it hands on to `train`, not looked at yet."""
-    verb, *rest = words
-    recipes = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    STUDY_FLAGS[verb](parser)
-    try:
-        own, flags = parser.parse_known_args(rest[len(recipes) :])
-    except argparse.ArgumentError as error:
-        raise UsageError(str(error), f"fastcifar {verb} --help") from error
-    return Namespace(subcommand=verb, **{verb: Namespace(**vars(own), recipes=recipes, flags=flags)})
-
-
 def build_parser(words: list[str]) -> ArgumentParser:
     """The parser of all verbs; the defaults of `train` are those of the recipe that `words` name."""
     parser = ArgumentParser(
@@ -78,8 +64,6 @@ def build_parser(words: list[str]) -> ArgumentParser:
     )
     verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
     verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
-    verbs.add_subcommand("ablate", ablate_parser(), help="what each part of a recipe is worth")
-    verbs.add_subcommand("reproduce", reproduce_parser(), help="the recipes of the reports, beside what was reported")
     bench = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
     verbs.add_subcommand("bench", bench, help="measure the kernels or the loaders")
     add_benchmarks(bench)  # jsonargparse wants a parser to have its place before it gets verbs of its own
@@ -125,63 +109,6 @@ def recipes_parser() -> ArgumentParser:
     parser.add_argument("name", type=str, nargs="?", default=DEFAULT_RECIPE, help="which one to show")
     parser.add_argument("--as_reported", action="store_true", help="with the hyperparameters of its report")
     return parser
-
-
-def ablate_parser() -> ArgumentParser:
-    """For --help alone; `parse_study` reads the words."""
-    parser = ArgumentParser(
-        exit_on_error=False,
-        usage="fastcifar ablate RECIPE [--without PART] [--vary FIELD=VALUES] [--seeds N] [--out DIR] [flags of train]",
-        formatter_class=argparse.HelpFormatter,
-        description="Train a recipe as it is, without some of its parts, or with other values of a field, and compare.",
-        epilog=ALL_OTHER_FLAGS,
-    )
-    add_ablate_arguments(parser)
-    return parser
-
-
-def reproduce_parser() -> ArgumentParser:
-    """For --help alone; `parse_study` reads the words."""
-    parser = ArgumentParser(
-        exit_on_error=False,
-        usage="fastcifar reproduce [RECIPE ...] [--only WAY] [--seeds N] [--out DIR] [--readme FILE] [flags of train]",
-        formatter_class=argparse.HelpFormatter,
-        description="Train the recipes that come from a report (default: all), as reported and the fast way.",
-        epilog=ALL_OTHER_FLAGS,
-    )
-    add_reproduce_arguments(parser)
-    return parser
-
-
-ALL_OTHER_FLAGS = (
-    "All other flags are those of `fastcifar train` and count for every training, such as --epochs 20 or --data DIR. "
-    "5,000 training images are always held out. The same command with the same --out goes on where it was stopped."
-)
-
-
-def add_ablate_arguments(parser: argparse.ArgumentParser) -> None:
-    parts = "batchnorm, dropout, augmentation, label_smoothing, mix or tta, if the recipe has it; may be repeated"
-    parser.add_argument("--without", metavar="PART", action="append", default=[], help=parts)
-    values = "another training for each value, such as optim.lr=1e-3,3e-3 or dropout=0,0.1,0.5; may be repeated"
-    parser.add_argument("--vary", metavar="FIELD=VALUES", action="append", default=[], help=values)
-    add_study_arguments(parser, "a new one in runs/")
-
-
-def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", choices=WAYS, default=None, help="one of the two ways")
-    parser.add_argument(
-        "--readme", metavar="FILE", type=Path, default=None, help="replace the table between the markers in this file"
-    )
-    add_study_arguments(parser, "bench/records/DATE-reproduce-DEVICE in a checkout, else a new one in runs/")
-
-
-def add_study_arguments(parser: argparse.ArgumentParser, default_out: str) -> None:
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="train with each of the seeds 0 to N-1")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=None, help=f"the folder (default: {default_out})")
-
-
-WAYS = ("as-reported", "fast")
-STUDY_FLAGS = {"ablate": add_ablate_arguments, "reproduce": add_reproduce_arguments}
 
 
 def add_benchmarks(parser: ArgumentParser) -> None:

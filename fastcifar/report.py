@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from fastcifar.data.dataset import Dataset
 from fastcifar.display import format_s
 from fastcifar.evaluate import Evaluation, top_confusions
+from fastcifar.process import processor
 from fastcifar.run import RunFolder, write_atomically
 from fastcifar.settings import Recipe
 
@@ -112,12 +113,3 @@ def encode_png(image_HWC: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, "PNG")
     return file.getvalue()
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -14,12 +14,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastcifar.display import Display, format_s, print_columns
-from fastcifar.errors import UsageError
+from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
-from fastcifar.process import physical_cores
-from fastcifar.report import ACCENT, INK, SECOND, processor
+from fastcifar.process import physical_cores, processor
+from fastcifar.recipes import find_named
 from fastcifar.run import RunFolder, write_atomically
 from fastcifar.settings import Recipe
+from fastcifar.studies.flags import Flags
 from fastcifar.studies.study import (
     FIGURES,
     Training,
@@ -93,6 +94,29 @@ class Variant:
         return quote(self.name.replace(" ", "-"), safe="=.,+-[]")
 
 
+def flags() -> Flags:
+    parser = Flags(
+        "ablate",
+        "Train a recipe as it is, without some of its parts, or with other values of a field, and compare. 5,000 "
+        "training images are held out. The same command with the same --out goes on where it was stopped.",
+        "RECIPE [--without PART] ... [--vary FIELD=VALUES] ... [--seeds N] [--out DIR]",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="see `fastcifar recipes list`")
+    parts = "batchnorm, dropout, augmentation, label_smoothing, mix or tta, if the recipe has it; may be repeated"
+    parser.add_argument("--without", metavar="PART", action="append", default=[], help=parts)
+    values = "another training for each value, such as optim.lr=1e-3,3e-3 or dropout=0,0.1,0.5; may be repeated"
+    parser.add_argument("--vary", metavar="FIELD=VALUES", action="append", default=[], help=values)
+    parser.add_study_arguments("a new one in runs/")
+    return parser
+
+
+def run(words: list[str]) -> int:
+    """Make the study that these words ask for; returns the exit code. Raises what `ablate` raises."""
+    own, rest = flags().split(words)
+    ablate(Ablation(own.recipe, own.without, own.vary, own.seeds, rest), own.out, Display())
+    return EXIT_DONE
+
+
 def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
     """Train every variant; write ablation.json, ablation.md and ablation.png; print the table; return the first.
 
@@ -123,6 +147,7 @@ def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
 
 def plan(asked: Ablation) -> list[Variant]:
     """The variants in the order of the table. Raises UsageError for the first value that makes no sense."""
+    find_named(asked.recipe)
     refuse_seeds(asked.seeds)
     refuse_flags("ablate", asked.flags)
     if not asked.without and not asked.vary:
@@ -335,6 +360,8 @@ def draw(report: dict) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    from fastcifar.report import INK
+
     questions = list(dict.fromkeys(entry["question"] for entry in report["variants"]))
     panels = {name: ordered([e for e in report["variants"] if e["question"] == name]) for name in questions}
     widths = [max(3.2, 1.2 + 0.8 * len(entries)) for entries in panels.values()]
@@ -363,6 +390,8 @@ def are_numbers(entries: list[dict]) -> bool:
 
 def draw_panel(axes, question: str, entries: list[dict]) -> None:
     """One question's points, evenly spaced: values of a sweep are often far apart, or begin with 0."""
+    from fastcifar.report import ACCENT, SECOND
+
     for figure, colour, shift, label in (
         ("val_acc", SECOND, -0.08, "held out, at the end"),
         ("test_acc_tta", ACCENT, 0.08, "test, with TTA"),

@@ -1,6 +1,7 @@
 """The words of a study: a few flags of its own and, beside them, any flag of `train`, which `train` itself reads."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import Namespace
@@ -21,6 +22,11 @@ class Flags(argparse.ArgumentParser):
             epilog="Any flag of train: `fastcifar train --recipe NAME --help` lists them.",
             allow_abbrev=False,
         )
+
+    def add_study_arguments(self, default_out: str) -> None:
+        """--seeds and --out."""
+        self.add_argument("--seeds", metavar="N", type=int, default=1, help="train with each of the seeds 0 to N-1")
+        self.add_argument("--out", metavar="DIR", type=Path, default=None, help=f"the folder (default: {default_out})")
 
     def split(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """(the study's own flags, the words that are left for `train`)"""

@@ -5,6 +5,7 @@ rows with a look at the held-out images. The weights are deleted as soon as a ru
 """
 
 import argparse
+import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -12,13 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 from fastcifar.display import Display, print_columns
-from fastcifar.errors import UsageError
+from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
-from fastcifar.parsers import WAYS
-from fastcifar.process import physical_cores
+from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import NAMED, Claim, find_named
-from fastcifar.report import processor
 from fastcifar.run import RunFolder, write_atomically
+from fastcifar.studies.flags import Flags
 from fastcifar.studies.study import (
     FIGURES,
     Training,
@@ -34,6 +34,7 @@ from fastcifar.studies.study import (
     write_json,
 )
 
+WAYS = ("as-reported", "fast")
 MARKERS = "<!-- reproduce -->", "<!-- /reproduce -->"
 HEADINGS = ("recipe", "reported: validation / test", "as reported: the same", "", "fast: test / with TTA", "")
 MISSING = "not measured"
@@ -66,6 +67,30 @@ class Reproduction:
 
     def ways(self) -> tuple[str, ...]:
         return (self.only,) if self.only else WAYS
+
+
+def flags() -> Flags:
+    parser = Flags(
+        "reproduce",
+        "Train the recipes that come from a report (default: all), as reported and the fast way. 5,000 training images "
+        "are held out. The same command with the same --out goes on where it was stopped.",
+        "[RECIPE ...] [--only WAY] [--seeds N] [--out DIR] [--readme FILE]",
+    )
+    parser.add_argument("--only", choices=WAYS, default=None, help="one of the two ways")
+    parser.add_argument(
+        "--readme", metavar="FILE", type=Path, default=None, help="replace the table between the markers in this file"
+    )
+    parser.add_study_arguments("bench/records/DATE-reproduce-DEVICE in a checkout, else a new one in runs/")
+    return parser
+
+
+def run(words: list[str]) -> int:
+    """Make the study that these words ask for; returns the exit code. Raises what `reproduce` raises."""
+    # The names first: argparse would take the 20 of `--epochs 20`, a flag that it does not know, for another name.
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    own, rest = flags().split(words[len(names) :])
+    reproduce(Reproduction(names, own.only, own.seeds, rest), own.out, own.readme, Display())
+    return EXIT_DONE
 
 
 def reproduce(asked: Reproduction, out: Path | None, readme: Path | None, display: Display) -> dict:

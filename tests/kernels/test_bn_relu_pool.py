@@ -1,5 +1,7 @@
 """What `verify` does not see of bn_relu_pool: which elements dropout keeps, what is refused, and the layer."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,7 +91,7 @@ def test_no_images_give_none():
     ],
 )
 def test_refused(given, said):
-    fine = {"x_NCHW": torch.ones(2, 8, 4, 4)} | {name: torch.ones(8) for name in ("weight_C", "bias_C")}
+    fine: dict[str, Any] = {"x_NCHW": torch.ones(2, 8, 4, 4)} | {name: torch.ones(8) for name in ("weight_C", "bias_C")}
     fine |= {name: torch.ones(8) for name in ("running_mean_C", "running_var_C")}
     bn_relu_pool(**fine)
     with pytest.raises(ValueError, match=r".") as caught:
@@ -109,7 +111,8 @@ def test_layer_equals_the_layers_it_stands_for(batchnorm):
     plain = nn.Sequential(norm, nn.LeakyReLU(0.1), nn.Dropout(0.0), nn.MaxPool2d(2))
     for step in range(4):
         if step == 3:
-            layer.eval(), plain.eval()
+            layer.eval()
+            plain.eval()
         x_NCHW = torch.randn(4, 8, 7, 6, requires_grad=True)
         outs = layer(x_NCHW), plain(x_NCHW)
         grads = [torch.autograd.grad(out.square().sum(), (x_NCHW, *part.parameters()))

@@ -136,8 +136,8 @@ def test_stopped_it_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "takes the name of one recipe"),
-        (["mlp", "cnn4", "--without", "dropout"], "takes the name of one recipe"),
+        ([], "required: RECIPE"),
+        (["mlp", "cnn4", "--without", "dropout"], "unrecognized arguments: cnn4"),
         (["mlp"], "--without PART or --vary"),
         (["nosuch", "--without", "dropout"], "nosuch"),
         (["mlp", "--without", "mix"], "batchnorm, dropout, augmentation, label_smoothing, tta"),
