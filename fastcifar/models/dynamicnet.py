@@ -6,7 +6,7 @@ Shapes: N images, C channels, H rows, W columns, K classes.
 from torch import nn
 
 from fastcifar.models.after_conv import AfterConv
-from fastcifar.models.dynamic import DynamicConv2d, Form
+from fastcifar.models.dynamic import ChannelMean, DynamicConv2d, Form
 
 
 def build_dynamicnet(
@@ -38,7 +38,7 @@ def build_dynamicnet(
             elif pool:
                 layers.append(nn.MaxPool2d(2))
             channels = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers.append(ChannelMean())
     for width, dropout in zip(hidden, dropouts, strict=True):
         layers += [nn.Linear(channels, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
         channels = width
