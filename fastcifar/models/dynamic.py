@@ -21,16 +21,6 @@ Form = Literal["outputs", "weights", "inputs"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 
-class ChannelMean(nn.Module):
-    """[N, C, H, W] to [N, C]: the mean of each channel, its gradient channels-last.
-
-    That of `x.mean((2, 3))` is not, and BatchNorm's backward pass then took ten times as long on a CPU.
-    """
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return x_NCHW.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
-
-
 class Gate(nn.Module):
     """The mean of each channel -> linear layers -> K coefficients.
 
@@ -43,11 +33,11 @@ class Gate(nn.Module):
     def __init__(self, channels: int, experts: int, hidden: int = 0, squash: Squash = "softmax", temperature=1.0):
         super().__init__()
         first = [nn.Linear(channels, hidden), nn.ReLU()] if hidden else []
-        self.layers = nn.Sequential(ChannelMean(), *first, nn.Linear(hidden or channels, experts))
+        self.layers = nn.Sequential(*first, nn.Linear(hidden or channels, experts))
         self.squash, self.temperature = squash, temperature
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        logits_NK = self.layers(x_NCHW)
+        logits_NK = self.layers(x_NCHW.mean(dim=(2, 3)))
         if self.squash == "softmax":
             return (logits_NK / self.temperature).softmax(dim=1)
         return logits_NK.sigmoid() if self.squash == "sigmoid" else logits_NK

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fastcifar.models.dynamicnet import ChannelMean
 from fastcifar.recipes import NAMED
 from fastcifar.setup import build_model
 
@@ -68,6 +69,14 @@ def test_the_fast_way_trains_the_architecture_of_the_report(name):
         for recipe in (named.recipe, named.reported)
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_the_gradient_of_the_mean_of_channels_is_channels_last():
+    x_NCHW = torch.randn(4, 8, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_() * 1
+    mean_NC = ChannelMean()(x_NCHW)
+    torch.testing.assert_close(mean_NC, x_NCHW.mean((2, 3)))
+    (grad_NCHW,) = torch.autograd.grad(mean_NC.square().sum(), x_NCHW)
+    assert grad_NCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_without_batchnorm_layers_have_biases():
