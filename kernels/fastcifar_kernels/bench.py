@@ -43,6 +43,8 @@ UNITS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "batch_statistics": lambda n, k: (k, 0),
     "bn_relu_weighted_sum": lambda n, k: (2 * k + 1, 3 * k + 2),
     "aggregate_weights": lambda n, k: (k + n, 2 * k + n),
+    "bn_relu_pool": lambda n, k: (3, 5),
+    "bn_relu_pool, pool": lambda n, k: (2.25, 3.5),
 }
 
 
@@ -56,27 +58,28 @@ def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -
     for shape in shapes:
         gate(device, shape, dtype)
         for case in verify.cases(shape, device):
-            if case.variant:
+            name = ", ".join(filter(None, (case.op, case.variant)))
+            if name not in UNITS:
                 continue
             given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
             times_s, peaks = measure(case, given, device)
             for i, direction in enumerate(("forward", "backward")):
                 if direction == "backward" and case.op == "batch_statistics":
                     continue
-                size = UNITS[case.op](*shape[:2])[i] * unit_bytes(case.op, given)
+                size = UNITS[name](*shape[:2])[i] * unit_bytes(case.op, given)
                 yield [
                     {
-                        "op": case.op,
+                        "op": name,
                         "pass": direction,
                         "shape_NKCHW": list(shape),
                         "dtype": str(dtype)[6:],
-                        "candidate": name,
+                        "candidate": candidate,
                         **quantiles([both[i] for both in times]),
                         "bytes": size,
                         "copy_gb_per_s": copy_gb_per_s,
-                        "peak_memory_bytes": peaks[name],
+                        "peak_memory_bytes": peaks[candidate],
                     }
-                    for name, times in times_s.items()
+                    for candidate, times in times_s.items()
                 ]
 
 
@@ -92,7 +95,7 @@ def gate(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 def unit_bytes(op: str, given: dict[str, Tensor]) -> int:
     """The size of one map, or of one set of filters."""
-    if op == "scaled_copies":
+    if "x" in given:
         return given["x"].nbytes
     stack = given["w"] if op == "aggregate_weights" else given["y"]
     return stack.nbytes // stack.size(0 if op == "aggregate_weights" else 1)

@@ -15,10 +15,6 @@ With z = x - mean, scale = weight / std, a = scale * z + bias, and h = the gradi
 # numba changes what its decorators wrap:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import numba
 import numpy as np
 import torch
@@ -49,15 +45,6 @@ def bn_relu_pool_reference(
         x_NCHW = F.batch_norm(x_NCHW, running_mean_C, running_var_C, weight_C, bias_C, training, momentum, eps)
     x_NCHW = F.dropout(F.leaky_relu(x_NCHW, slope), dropout, training)
     return F.max_pool2d(x_NCHW, 2) if pool else x_NCHW
-
-
-@contextmanager
-def dropped_in_torch(x_NCHW: Tensor, dropout: float) -> Iterator[None]:
-    """Inside, F.dropout drops what the loops drop of a tensor like `x_NCHW` at this state of torch's generator."""
-    ones_NCHW = torch.ones_like(x_NCHW, dtype=torch.float32, memory_format=torch.channels_last)
-    kept_NCHW = bn_relu_pool(ones_NCHW.detach(), dropout=dropout)
-    with mock.patch.object(F, "dropout", lambda x_NCHW, *_: x_NCHW * kept_NCHW.to(x_NCHW.dtype)):
-        yield
 
 
 def bn_relu_pool(

@@ -39,7 +39,7 @@ from fastcifar_kernels import (
 )
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
 from fastcifar_kernels.batch_statistics import batch_statistics_reference
-from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference, dropped_in_torch
+from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.guarded import guarding
 from fastcifar_kernels.scaled_copies import scaled_copies_reference
@@ -221,11 +221,23 @@ def call_aggregate_weights(which: str, tensors: dict[str, Tensor]) -> tuple[Tens
 def call_pool(which: str, tensors: dict[str, Tensor], how: dict) -> tuple[Tensor, ...]:
     running = [tensors[name].clone() for name in ("running_mean", "running_var") if name in tensors]
     norm = [tensors[name] for name in ("weight", "bias") if name in tensors]
-    torch.manual_seed(0)  # which elements dropout keeps is the operator's to choose: all of them get the same
+    function = {"kernel": bn_relu_pool, "reference": bn_relu_pool_reference}[which]
+    if not how.get("dropout"):
+        return function(tensors["x"], *norm, *running, **how), *running
+    torch.manual_seed(0)
     if which == "kernel":
-        return bn_relu_pool(tensors["x"], *norm, *running, **how), *running
-    with dropped_in_torch(tensors["x"], how.get("dropout", 0.0)):
-        return bn_relu_pool_reference(tensors["x"], *norm, *running, **how), *running
+        return function(tensors["x"], *norm, *running, **how), *running
+    with dropping_the_same(tensors["x"], how["dropout"]):
+        return function(tensors["x"], *norm, *running, **how), *running
+
+
+@contextmanager
+def dropping_the_same(x_NCHW: Tensor, dropout: float) -> Iterator[None]:
+    """Inside, F.dropout drops what the operator would drop now of a tensor like `x_NCHW`: that is its own to choose."""
+    ones_NCHW = torch.ones_like(x_NCHW, dtype=torch.float32, memory_format=torch.channels_last)
+    kept_NCHW = bn_relu_pool(ones_NCHW.detach(), dropout=dropout)
+    with mock.patch.object(F, "dropout", lambda x_NCHW, *_: x_NCHW * kept_NCHW.to(x_NCHW.dtype)):
+        yield
 
 
 # How it is judged
