@@ -34,6 +34,7 @@ def describe_result(
         "data_verified": dataset.verified,
         "fallback_from": None if dataset.name == job.dataset else job.dataset,
         "recipe": job.recipe,
+        "as_reported": job.as_reported,
         "loader": setup.feed.name,
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
         "seed": job.seed,

@@ -62,6 +62,7 @@ KEYS = {
     "dataset",
     "data_verified",
     "recipe",
+    "as_reported",
     "loader",
     "device",
     "seed",
