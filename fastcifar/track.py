@@ -113,7 +113,7 @@ class MLflow:
                 self.client.set_tag(self.id, f"result.{name}", value)
 
 
-TRACKERS: dict[str, tuple[type[Tracker], str]] = {  # by name: the class, what it imports
+TRACKERS: dict[str, tuple[type[Tracker], str]] = {  # by name, as in job.py: the class, what it imports
     "tensorboard": (TensorBoard, "torch.utils.tensorboard"),
     "mlflow": (MLflow, "mlflow"),
 }
@@ -135,21 +135,28 @@ class Tracking:
         rows: of metrics that an interrupted training has left.
         say: prints a line.
 
-    Raises UsageError: a tracker cannot even begin.
+    Raises UsageError: a tracker cannot even begin, and there is no interrupted training to go on with.
     """
 
     def __init__(self, job: Job, folder: RunFolder, rows: list[dict], say: Callable[[str], None]):
         self.folder, self.say, self.config = folder, say, job.config()
+        self.report = folder.path / "report.html"
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.trackers = {name: self.begin(name, rows) for name in job.trackers}
+        self.trackers: dict[str, Tracker] = {}
+        for name in job.trackers:
+            self.begin(name, rows)
         self.thread = threading.Thread(target=self.work, daemon=True)
         if self.trackers:
             self.thread.start()
 
-    def begin(self, name: str, rows: list[dict]) -> Tracker:
+    def begin(self, name: str, rows: list[dict]) -> None:
         try:
-            return TRACKERS[name][0](self.folder, self.config, rows)  # type: ignore[call-arg]
+            self.trackers[name] = TRACKERS[name][0](self.folder, self.config, rows)  # type: ignore[call-arg]
         except Exception as error:
+            if rows:  # to resume, nobody can leave out --track
+                self.say(f"! --track {name} failed, the training goes on without it: {first_line(error)}")
+                return
+            self.tell(lambda tracker: tracker.close(None, self.report))
             where = " at $MLFLOW_TRACKING_URI" if name == "mlflow" and "MLFLOW_TRACKING_URI" in os.environ else ""
             raise UsageError(f"--track {name}: cannot begin{where}: {first_line(error)}.", "without --track") from error
 
@@ -183,7 +190,7 @@ class Tracking:
                     else:
                         rows.append(item)
             self.tell(lambda tracker, rows=rows: tracker.log(rows))
-        self.tell(lambda tracker: tracker.close(end[0], self.folder.path / "report.html"))
+        self.tell(lambda tracker: tracker.close(end[0], self.report))
 
     def tell(self, what: Callable[[Tracker], None]) -> None:
         """Tell each tracker; one that fails is told nothing more."""

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -89,53 +89,48 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     tracking = Tracking(lasting, folder, metrics.rows, display.say)
 
     saved_s = -math.inf
-    with tracking, interrupts.held():
-        for rows in () if looks.enough else fit(setup, recipe, pace, position, looks.due):
-            progress, now_s = rows[-1]["progress"], time.monotonic()
-            if looks.due(position.step, progress):
-                rows[-1] |= looks.look(setup.model, position.step, progress)
-            for row in rows:
-                metrics.add(row | {"wall_s": now_s - started_s})
-                tracking.add(metrics.rows[-1])
-            display.update(rows[-1], pace.steps, pace.left_s(position.step))
-            if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
-                folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s, looks))
-                saved_s = time.monotonic()
-            if interrupts.caught:
-                raise KeyboardInterrupt
-            if looks.enough:
-                break
-    display.close()
-    val_acc = looks.accuracy
-    if looks.best_state:
-        val_acc = looks.best
-        setup.model.load_state_dict(looks.best_state)
-        display.say(f"kept the weights of step {looks.best_step} of {position.step}: {looks.best:.2%} held out")
+    with tracking:
+        with interrupts.held():
+            for rows in () if looks.enough else fit(setup, recipe, pace, position, looks):
+                progress, now_s = rows[-1]["progress"], time.monotonic()
+                if looks.due(position.step, progress):
+                    rows[-1] |= looks.look(setup.model, position.step, progress)
+                for row in rows:
+                    metrics.add(row | {"wall_s": now_s - started_s})
+                    tracking.add(metrics.rows[-1])
+                display.update(rows[-1], pace.steps, pace.left_s(position.step))
+                if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
+                    folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s, looks))
+                    saved_s = time.monotonic()
+                if interrupts.caught:
+                    raise KeyboardInterrupt
+                if looks.enough:
+                    break
+        display.close()
+        val_acc = looks.accuracy
+        if looks.best_state:
+            val_acc = looks.best
+            setup.model.load_state_dict(looks.best_state)
+            display.say(f"kept the weights of step {looks.best_step} of {position.step}: {looks.best:.2%} held out")
 
-    evaluation_began_s = time.monotonic()
-    evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
-    eval_s = time.monotonic() - evaluation_began_s
-    folder.write_model(setup.model.state_dict())
-    result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
-    write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
-    folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
-    result["wall_s"] = time.monotonic() - started_s
-    folder.finish(result)
-    tracking.finish(result)
+        evaluation_began_s = time.monotonic()
+        evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
+        eval_s = time.monotonic() - evaluation_began_s
+        folder.write_model(setup.model.state_dict())
+        result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
+        write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
+        folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
+        result["wall_s"] = time.monotonic() - started_s
+        folder.finish(result)
+        tracking.finish(result)
     return result
 
 
-def fit(
-    setup: Setup,
-    recipe: Recipe,
-    pace: Pace,
-    position: Position,
-    due: Callable[[int, float], bool] = lambda step, progress: False,
-) -> Iterator[list[dict]]:
+def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Looks) -> Iterator[list[dict]]:
     """Train on from `position` until all progress is made; yields rows of metrics whenever the device was waited for.
 
-    That is after 1, 2, 4 ... and at last every `setup.wait_every` steps, and whenever the caller has something to do:
-    when `due` says so of the steps done and the progress made. What it does then counts as no training time.
+    That is after 1, 2, 4 ... and at last every `setup.wait_every` steps, and whenever a look is due. What the caller
+    does in between counts as no training time.
 
     Raises DivergedError.
     """
@@ -153,7 +148,7 @@ def fit(
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
             progress = pace.progress(position.step)
-            if len(pending) < length and progress < 1 and not due(position.step, progress):
+            if len(pending) < length and progress < 1 and not looks.due(position.step, progress):
                 continue
 
             rows = [read_row(row, loss, hits, recipe) for row, loss, hits in pending]  # waits for the device
@@ -237,7 +232,7 @@ def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
         )
 
 
-def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks | None = None) -> Checkpoint:
+def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks) -> Checkpoint:
     """The training as it stands, for `RunFolder.write_checkpoint`."""
     tensors = {f"model.{name}": value for name, value in setup.model.state_dict().items()}
     tensors["random.cpu"] = torch.get_rng_state()  # what dropout draws from
@@ -246,13 +241,11 @@ def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks:
     for number, optimizer in enumerate(setup.optimizers):
         for weight, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
-    if looks is None:
-        return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots)
     tensors |= {f"best.{name}": value for name, value in looks.best_state.items()}
     return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, looks.facts())
 
 
-def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks | None = None) -> Position:
+def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks) -> Position:
     """Bring model, optimizers, random numbers, pace and looks to where `capture` saw them."""
 
     def named(prefix: str) -> dict[str, Tensor]:
@@ -270,8 +263,7 @@ def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks | Non
     if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
         torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
     pace.knots = list(checkpoint.knots)
-    if looks is not None:
-        looks.best_state = named("best.")
-        for name, fact in checkpoint.looks.items():
-            setattr(looks, name, fact)
+    looks.best_state = named("best.")
+    for name, fact in checkpoint.looks.items():
+        setattr(looks, name, fact)
     return Position(checkpoint.step, checkpoint.train_s)

@@ -108,6 +108,34 @@ def test_a_tracker_that_fails_fails_alone(job, tmp_path, monkeypatch, capsys, mo
     assert len(scalars(folder, "loss")) == 12
 
 
+def test_a_tracker_that_is_gone_does_not_keep_a_run_from_being_resumed(job, tmp_path, monkeypatch, capsys):
+    folder = RunFolder.create(tmp_path / "run", "speed")
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Display, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(job, folder, Display(), time.monotonic())
+    monkeypatch.undo()
+    monkeypatch.setattr("fastcifar.setup.HELD_OUT", 500)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
+    assert train(job, folder, Display(), time.monotonic(), resume=True)["steps"] == 12
+    assert "--track mlflow failed, the training goes on without it" in capsys.readouterr().err
+
+
+def test_what_ends_a_run_after_its_last_step_ends_its_trackers(job, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastcifar.train.evaluate", interrupt)
+    folder = RunFolder.create(tmp_path / "run", "speed")
+    with pytest.raises(KeyboardInterrupt):
+        train(job, folder, Display(), time.monotonic())
+    assert mlflow_run(folder)[1].info.status == "KILLED"
+    assert len(scalars(folder, "loss")) == 12
+
+
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow")])
 def test_a_missing_package_is_named_before_anything_is_done(job, tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)

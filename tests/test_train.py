@@ -58,6 +58,7 @@ def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True, **options)
 
 
+NO_LOOKS = Looks(loader=None, epoch_steps=1)
 KEYS = {
     "dataset",
     "data_verified",
@@ -320,17 +321,17 @@ def test_momenta_and_dropout_go_on_where_they_were(job, name):
         return set_up(job, Display()), Pace(settings.stages, [Knot(0, 0.0, 12)])
 
     whole, pace = begin()
-    for _ in fit(whole, settings, pace, Position()):
+    for _ in fit(whole, settings, pace, Position(), NO_LOOKS):
         pass
     half, pace, position = *begin(), Position()
-    for rows in fit(half, settings, pace, position):
+    for rows in fit(half, settings, pace, position, NO_LOOKS):
         if rows[-1]["step"] >= 5:
             break
-    kept = capture(half, pace, position, 0.0)
+    kept = capture(half, pace, position, 0.0, NO_LOOKS)
     checkpoint = replace(kept, tensors={name: tensor.clone() for name, tensor in kept.tensors.items()})
     torch.rand(7)  # someone else draws
     rest, pace = begin()
-    for _ in fit(rest, settings, pace, restore(rest, pace, checkpoint)):
+    for _ in fit(rest, settings, pace, restore(rest, pace, checkpoint, NO_LOOKS), NO_LOOKS):
         pass
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, rest.model.state_dict()[name]), name
@@ -420,7 +421,7 @@ def test_a_short_budget_gets_smaller_batches():
 
 def losses(setup: Setup, knots: list[Knot]) -> tuple[list[float], list[int]]:
     """Train to the end of the plan: the loss of every step, and how many rows came at a time."""
-    chunks = list(fit(setup, SMALL, Pace(SMALL.stages, knots), Position()))
+    chunks = list(fit(setup, SMALL, Pace(SMALL.stages, knots), Position(), NO_LOOKS))
     return [row["loss"] for rows in chunks for row in rows], [len(rows) for rows in chunks]
 
 

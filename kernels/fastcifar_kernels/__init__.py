@@ -5,11 +5,14 @@
     aggregate_weights        k sets of filters, summed with coefficients of each sample
     scaled_copies            one feature map, scaled with each of k coefficients of its sample
     batch_statistics         the mean and variance that BatchNorm needs, in one pass
-    bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map (fused on the CPU only)
+
+and, for plain convnets,
+
+    bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map, in one pass on a CPU
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
 tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
-in Triton's interpreter. `python -m fastcifar_kernels.verify` compares them all with float64.
+in Triton's interpreter. `bn_relu_pool` has no Triton kernel: beyond the CPU it is plain torch. `python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
 for filters O output channels, I input channels.

@@ -354,21 +354,24 @@ def _bn_relu_pool_backward(
     pool: bool,
     eps: float,
     use_batch: bool,
+    affine: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x, and of bias and weight as one [2, C]."""
+    """The gradients of x, and of bias and weight as one [2, C], or nothing of use there unless `affine` asks for it."""
     if x_NCHW.dtype == torch.float16:  # numba does not compute in it
         rest = mean_C, variance_C, weight_C, bias_C, seed_2, grad_NCHW.float(), slope, dropout, pool, eps, use_batch
-        grad_x_NCHW, grad_affine_2C = _bn_relu_pool_backward(x_NCHW.float(), *rest)
+        grad_x_NCHW, grad_affine_2C = _bn_relu_pool_backward(x_NCHW.float(), *rest, affine)
         return grad_x_NCHW.to(x_NCHW.dtype), grad_affine_2C
     n, c, height, width = x_NCHW.shape
     rstd_C = 1 / (variance_C + eps).sqrt()
     scale_C = weight_C * rstd_C
     tensors = [as_array(tensor.contiguous()) for tensor in (_rows(x_NCHW), mean_C, scale_C, bias_C)]
     shared = *tensors, *_how(seed_2, slope, dropout), as_array(_rows(grad_NCHW))
-    sums_2NC = torch.empty((2, n, c))
-    (_pooled_sums if pool else _plain_sums)(*shared, as_array(sums_2NC))
-    grad_affine_2C = sums_2NC.sum(dim=1)
-    grad_affine_2C[1] *= rstd_C
+    grad_affine_2C = torch.zeros((2, c))
+    if use_batch or affine:
+        sums_2NC = torch.empty((2, n, c))
+        (_pooled_sums if pool else _plain_sums)(*shared, as_array(sums_2NC))
+        grad_affine_2C = sums_2NC.sum(dim=1)
+        grad_affine_2C[1] *= rstd_C
     level_C = tilt_C = torch.zeros(c)
     if use_batch:
         level_C = scale_C * grad_affine_2C[0] / (n * height * width)
@@ -385,7 +388,7 @@ def _(x_NCHW, mean_C, variance_C, weight_C, bias_C, seed_2, slope, dropout, pool
 
 
 @_bn_relu_pool_backward.register_fake
-def _(x_NCHW, mean_C, variance_C, weight_C, bias_C, seed_2, grad_NCHW, slope, dropout, pool, eps, use_batch):
+def _(x_NCHW, mean_C, variance_C, weight_C, bias_C, seed_2, grad_NCHW, slope, dropout, pool, eps, use_batch, affine):
     grad_x_NCHW = _empty(x_NCHW, side=1)
     return grad_x_NCHW, torch.empty((2, x_NCHW.size(1)), device=x_NCHW.device)
 
@@ -397,7 +400,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_NCHW: Tensor):
-    grad_x_NCHW, (grad_bias_C, grad_weight_C) = _bn_relu_pool_backward(*ctx.saved_tensors, grad_NCHW, *ctx.rest)
+    affine = any(ctx.needs_input_grad[3:5])
+    grad_x_NCHW, (grad_bias_C, grad_weight_C) = _bn_relu_pool_backward(*ctx.saved_tensors, grad_NCHW, *ctx.rest, affine)
     return grad_x_NCHW, None, None, grad_weight_C, grad_bias_C, *[None] * 6
 
 

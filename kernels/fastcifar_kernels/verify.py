@@ -395,7 +395,9 @@ def report(title: str, rows: Iterator[Row]) -> bool:
         verdict = "ok" if row.passed else f"MISS {row.faults}"
         where = row.op, ", ".join(map(str, row.shape)), row.dtype, row.variant, row.result
         print(line.format(*where, f"{row.error:.2e}", f"{row.allowed:.2e}", verdict), flush=True)
-    print(f"{title} {count - missed} of {count} passed.", flush=True)
+    print(
+        f"{title} {count - missed} of {count} passed." if count else "Nothing to verify: plain torch here.", flush=True
+    )
     return not missed
 
 
@@ -413,6 +415,8 @@ def main(words: list[str] | None = None) -> int:
         title = f"Triton kernels on {gpu.name}, sm_{gpu.major}{gpu.minor}:"
         return not report(title, verify("cuda", LARGE, ops))
     passed = report("numba loops for CPU tensors:", verify("cpu", MEDIUM, ops))
+    if ops == ["bn_relu_pool"]:  # it has no Triton kernel
+        return not passed
     command = [sys.executable, "-m", "fastcifar_kernels.verify", *(["--op", *ops] if ops else [])]
     interpreted = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)
     return not (passed and interpreted.returncode == 0)

@@ -160,5 +160,5 @@ NUMBA = (
      "passed = scale_C[c] * widen(grad_NHWC[n, i, j, c])", BP),
     ("CPU: gradient of the statistics in eval mode", "bn_relu_pool.py", "    if use_batch:\n        level_C",
      "    if True:\n        level_C", BP),
-    ("CPU: pooling gradient of weight not divided", "bn_relu_pool.py", "    grad_affine_2C[1] *= rstd_C\n", "", BP),
+    ("CPU: pooling gradient of weight not divided", "bn_relu_pool.py", "        grad_affine_2C[1] *= rstd_C\n", "", BP),
 )  # fmt: skip

@@ -78,8 +78,8 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
             (map_NCHW.contiguous(), *row_norm, seed_2, 0.0, 0.5, False, 1e-5, False),
         ],
         "bn_relu_pool_backward": [
-            (map_NCHW, *row_norm, seed_2, halved_NCHW, 0.1, 0.5, True, 1e-5, True),
-            (map_NCHW.contiguous(), *row_norm, seed_2, grad_NCHW, 0.0, 0.0, False, 1e-5, False),
+            (map_NCHW, *row_norm, seed_2, halved_NCHW, 0.1, 0.5, True, 1e-5, True, True),
+            (map_NCHW.contiguous(), *row_norm, seed_2, grad_NCHW, 0.0, 0.0, False, 1e-5, False, False),
         ],
         "aggregate_weights": [(w_KOIHW.to(dtype), coef_NK, dtype), (lying_KOIHW, coef_NK, dtype)],
         "aggregate_weights_backward": [(w_KOIHW, coef_NK, filters_NOIHW), (lying_KOIHW, coef_NK, filters_NOIHW)],
