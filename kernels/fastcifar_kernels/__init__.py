@@ -12,7 +12,8 @@ and, for plain convnets,
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
 tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
-in Triton's interpreter. `bn_relu_pool` has no Triton kernel: beyond the CPU it is plain torch. `python -m fastcifar_kernels.verify` compares them all with float64.
+in Triton's interpreter. `bn_relu_pool` has no Triton kernel: beyond the CPU it is plain torch.
+`python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
 for filters O output channels, I input channels.
