@@ -8,7 +8,7 @@ import io
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from fastcifar.display import Display, format_s, print_columns
 from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
 from fastcifar.process import physical_cores, processor
-from fastcifar.recipes import find_named
+from fastcifar.recipes import AS_IT_IS, find_named
 from fastcifar.run import RunFolder, write_atomically
 from fastcifar.settings import Recipe
 from fastcifar.studies.flags import Flags
@@ -39,13 +39,8 @@ from fastcifar.studies.study import (
 BASELINE = "baseline"
 CAPTION = "Accuracies in percent, ± the standard deviation over the seeds; difference: of test with TTA, in points."
 DROPOUTS = ("model.dropout", "model.block_dropout", "model.dropouts")
-AUGMENTATION = {
-    "augment.crop_px": 0,
-    "augment.flip": "none",
-    "augment.rotate_deg": 0.0,
-    "augment.brightness": 0.0,
-    "augment.contrast": 0.0,
-    "augment.cutout_px": 0,
+AUGMENTATION = {  # off; a border alone does nothing
+    f"augment.{field.name}": getattr(AS_IT_IS, field.name) for field in fields(AS_IT_IS) if field.name != "border"
 }
 
 

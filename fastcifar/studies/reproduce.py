@@ -120,7 +120,7 @@ def reproduce(asked: Reproduction, out: Path | None, readme: Path | None, displa
     rows = tabulate(report)
     if readme is not None:
         write_table(readme, rows)
-    print_columns(HEADINGS, [[cell or MISSING for cell in row] for row in rows])
+    print_columns(HEADINGS, map(fill, rows))
     return report
 
 
@@ -281,21 +281,16 @@ def write_table(readme: Path, rows: list[list[str]]) -> None:
     Raises UsageError if the markers are not there.
     """
     before, between, after = between_markers(readme)
-    old = {read_name(row): row for row in between.splitlines() if row.startswith("| `")}
-    table = {name: [cell.strip() for cell in row.strip().strip("|").split("|")] for name, row in old.items()}
+    lines = [line for line in between.splitlines() if line.startswith("| `")]
+    old = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    table = {row[0]: row for row in old}  # by recipe and flags, so that other flags are another row
     for row in rows:
-        name = read_name(row[0])
-        kept = table.get(name, [])
+        kept = table.get(row[0], [])
         kept += [""] * (len(HEADINGS) - len(kept))
         ways = (row[2:4] if row[2] else kept[2:4]) + (row[4:6] if row[4] else kept[4:6])
-        table[name] = fill([row[0], row[1], *ways])
+        table[row[0]] = fill([*row[:2], *ways])
     content = f"{before}{MARKERS[0]}\n{markdown(HEADINGS, list(table.values()))}\n{MARKERS[1]}{after}"
     write_atomically(readme, content.encode())
-
-
-def read_name(row: str) -> str:
-    """The recipe that a row of the table begins with."""
-    return row.split("`")[1]
 
 
 def between_markers(readme: Path) -> tuple[str, str, str]:

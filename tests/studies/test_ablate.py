@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastcifar.cli import main
-from fastcifar.recipes import NAMED, find_recipe
+from fastcifar.recipes import AS_IT_IS, NAMED, find_recipe
 from fastcifar.studies.ablate import Ablation, plan, plan_trainings, read, removable
 
 TINY = ["--dataset", "shapes10", "--device", "cpu", "--steps", "4", "--batch-size", "100"]
@@ -184,6 +184,13 @@ def test_every_part_of_every_recipe_can_be_taken_away(name, as_reported):
         changed = {field.split(".")[0] for field in fields}
         assert replace(without, **{field: getattr(recipe, field) for field in changed}) == recipe
         assert part not in removable(without)
+
+
+def test_without_augmentation_an_image_is_as_it_is():
+    flags = ["--augment.policy", "randaugment", "--augment.saturation", "0.5", "--augment.hue", "0.1"]
+    for recipe in ("speed", "mlp"):
+        without = plan(Ablation(recipe, ["augmentation"], [], 1, flags))[1].job.settings
+        assert replace(without.augment, border=AS_IT_IS.border) == AS_IT_IS
 
 
 def test_the_short_name_of_dropout_means_those_that_are_used():
