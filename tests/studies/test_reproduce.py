@@ -63,7 +63,7 @@ def test_the_record_keeps_no_weights_and_is_not_trained_again(record):
 
 def test_a_record_of_another_command_is_refused(record, capsys):
     assert main(["reproduce", "mlp", *TINY, "--seeds", "2", "--out", str(record)]) == 2
-    assert "another command" in capsys.readouterr().err
+    assert "another study" in capsys.readouterr().err
 
 
 def test_the_readme_follows(record, tmp_path, capsys):
@@ -130,7 +130,9 @@ def test_claims_are_shares():
         (["mlp", "--seeds", "0"], "--seeds"),
         (["mlp", "--seed", "3"], "--seed: cannot be given"),
         (["mlp", "--steps", "0"], "--steps"),
-        (["mlp", "--bogus", "1"], "unrecognized arguments: --bogus 1"),
+        (["mlp", "--patience", "3"], "--patience: cannot be given"),
+        (["mlp", "--bogus", "1"], "unrecognized arguments: --bogus 1\n  try: fastcifar reproduce --help"),
+        (["--only", "fast", "mlp"], "unrecognized arguments: mlp\n  try: fastcifar reproduce --help"),
         (["mlp", "cnn2", "--model.hidden", "64"], "model.hidden"),
         (["mlp", "--readme", "nowhere.md"], "nowhere.md"),
         (["mlp", "--readme", str(Path(__file__).parents[2] / "LICENSE")], "has no lines <!-- reproduce -->"),
