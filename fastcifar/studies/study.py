@@ -31,7 +31,7 @@ class Training:
 
 
 def check_study(verb: str, seeds: int, flags: list[str], *more: str) -> None:
-    """Raise UsageError for a study that is made with several seeds, if it is not told how many; `more` is refused."""
+    """Raise UsageError for a flag that a study with several seeds sets itself, `more` included, or for no seeds."""
     refuse_flags(verb, flags, "--seed", "--json", *more)
     if seeds < 1:
         raise UsageError(f"--seeds: must be at least 1, is {seeds}.", "--seeds 3")
