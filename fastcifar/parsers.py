@@ -25,13 +25,15 @@ STUDIES = {  # which have parsers of their own, in studies/
 }
 
 
-def parse(words: list[str]) -> Namespace:
-    """Raises UsageError naming the flag that is wrong."""
+def parse(words: list[str], verb: str = "") -> Namespace:
+    """Raises UsageError naming the flag that is wrong, and the help of `verb`, if it is another than the first word."""
     parser = build_parser(words)
     try:
         return parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise UsageError(" ".join(str(error).split()), " ".join(["fastcifar", *words[:1], "--help"])) from error
+        raise UsageError(
+            " ".join(str(error).split()), " ".join(["fastcifar", *([verb] if verb else words[:1]), "--help"])
+        ) from error
 
 
 def read_job(chosen: Namespace) -> Job:

@@ -4,6 +4,7 @@ import base64
 import io
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -15,8 +16,20 @@ from fastcifar.process import processor
 from fastcifar.run import RunFolder, write_atomically
 from fastcifar.settings import Recipe
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MISTAKES = 24
 INK, ACCENT, SECOND = "#24292f", "#0b6bcb", "#c2410c"
+
+
+def png(figure: "Figure") -> bytes:
+    """A finished figure as a file, its panels open above and to the right."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    return file.getvalue()
 
 
 def write_report(

@@ -41,6 +41,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def make_folder(path: Path) -> None:
+    """Raises UsageError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: cannot make the folder {path}: {error.strerror}.", "another --out DIR") from error
+
+
+def pick_folder(name: str) -> Path:
+    """A new one in runs/, not made yet."""
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}-{os.getpid()}"
+
+
 def dump_yaml(config: dict) -> str:
     """Tuples become lists and paths strings on the way."""
     return yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False)
@@ -87,15 +104,12 @@ class RunFolder:
     @classmethod
     def create(cls, out: Path | None, recipe: str) -> "RunFolder":
         """Make the folder: `out`, or a new one under runs/. Raises UsageError if it holds a run already."""
-        path = out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{recipe}-{os.getpid()}"
+        path = out or pick_folder(recipe)
         if any((path / name).exists() for name in ("result.json", "checkpoint.safetensors")):
             raise UsageError(
                 f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out: cannot make the folder {path}: {error.strerror}.", "another --out DIR") from error
+        make_folder(path)
         return cls(path)
 
     @classmethod
@@ -151,7 +165,7 @@ class RunFolder:
 
     def finish(self, result: dict) -> None:
         """Write result.json, after which the run is complete and the checkpoint goes."""
-        write_atomically(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_json(self.path / "result.json", result)
         (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
 
 

@@ -4,48 +4,38 @@ Each variant is the recipe with one thing changed, trained with the same seeds a
 variants that turn out to be the same training, such as a value that the recipe has anyway, share it.
 """
 
-import io
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import quote
 
 from fastcifar.display import Display, format_s, print_columns
 from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
-from fastcifar.process import physical_cores, processor
-from fastcifar.recipes import find_named
-from fastcifar.run import RunFolder, write_atomically
+from fastcifar.recipes import AS_IT_IS, find_named
+from fastcifar.run import pick_folder, write_atomically, write_json
 from fastcifar.settings import Recipe
-from fastcifar.studies.flags import Flags
+from fastcifar.studies.fields import has_field, read_field, split_values, write_flags
+from fastcifar.studies.flags import Flags, read_train
 from fastcifar.studies.study import (
     FIGURES,
     Training,
-    job_of,
+    check_study,
     markdown,
     open_study,
     over_seeds,
     percent,
-    refuse_flags,
-    refuse_seeds,
     sources,
     train_each,
-    write_json,
 )
 
 BASELINE = "baseline"
 CAPTION = "Accuracies in percent, ± the standard deviation over the seeds; difference: of test with TTA, in points."
 DROPOUTS = ("model.dropout", "model.block_dropout", "model.dropouts")
-AUGMENTATION = {
-    "augment.crop_px": 0,
-    "augment.flip": "none",
-    "augment.rotate_deg": 0.0,
-    "augment.brightness": 0.0,
-    "augment.contrast": 0.0,
-    "augment.cutout_px": 0,
+AUGMENTATION = {  # off; a border alone does nothing
+    f"augment.{field.name}": getattr(AS_IT_IS, field.name) for field in fields(AS_IT_IS) if field.name != "border"
 }
 
 
@@ -97,23 +87,24 @@ class Variant:
 def flags() -> Flags:
     parser = Flags(
         "ablate",
+        "RECIPE",
         "Train a recipe as it is, without some of its parts, or with other values of a field, and compare. 5,000 "
         "training images are held out. The same command with the same --out goes on where it was stopped.",
-        "RECIPE [--without PART] ... [--vary FIELD=VALUES] ... [--seeds N] [--out DIR]",
+        "[--without PART] ... [--vary FIELD=VALUES] ... [--seeds N] [--out DIR]",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="see `fastcifar recipes list`")
     parts = "batchnorm, dropout, augmentation, label_smoothing, mix or tta, if the recipe has it; may be repeated"
     parser.add_argument("--without", metavar="PART", action="append", default=[], help=parts)
     values = "another training for each value, such as optim.lr=1e-3,3e-3 or dropout=0,0.1,0.5; may be repeated"
     parser.add_argument("--vary", metavar="FIELD=VALUES", action="append", default=[], help=values)
-    parser.add_study_arguments("a new one in runs/")
+    parser.add_seeds()
+    parser.add_out("a new one in runs/")
     return parser
 
 
 def run(words: list[str]) -> int:
     """Make the study that these words ask for; returns the exit code. Raises what `ablate` raises."""
-    own, rest = flags().split(words)
-    ablate(Ablation(own.recipe, own.without, own.vary, own.seeds, rest), own.out, Display())
+    [recipe], own, rest = flags().split(words)
+    ablate(Ablation(recipe, own.without, own.vary, own.seeds, rest), own.out, Display())
     return EXIT_DONE
 
 
@@ -125,7 +116,7 @@ def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
     Raises UsageError, and what a training raises; one that diverges is a row of the table.
     """
     variants = plan(asked)
-    path = out or RunFolder.create(None, f"ablate-{asked.recipe}").path
+    path = out or pick_folder(f"ablate-{asked.recipe}")
     open_study(path, asked.command())
     trainings = plan_trainings(asked, variants, path)
     again = shlex.join(["fastcifar", *asked.command(), "--out", str(path)])
@@ -148,25 +139,27 @@ def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
 def plan(asked: Ablation) -> list[Variant]:
     """The variants in the order of the table. Raises UsageError for the first value that makes no sense."""
     find_named(asked.recipe)
-    refuse_seeds(asked.seeds)
-    refuse_flags("ablate", asked.flags)
+    check_study("ablate", asked.seeds, asked.flags)
     if not asked.without and not asked.vary:
         raise UsageError(
             "ablate: say what to compare the recipe with: --without PART or --vary FIELD=VALUES.",
             f"fastcifar ablate {asked.recipe} --vary batch_size=250,500",
         )
     common = ["--recipe", asked.recipe, *asked.flags, "--validate"]
-    recipe = job_of(common).settings
+    recipe = read_train(common, "ablate")[0].settings
 
     def variant(name: str, question: str, value: str, changed: dict[str, str]) -> Variant:
-        words = [*common, *(f"--{field}={text}" for field, text in changed.items())]
-        return Variant(name, question, value, words, job_of(words))
+        words = [*common, *write_flags(changed)]
+        return Variant(name, question, value, words, read_train(words, "ablate")[0])
 
     variants = [variant(BASELINE, "without", "nothing", {})] if asked.without else []
     parts = [part.replace("-", "_") for part in asked.without]
     variants += [variant(f"without {part}", "without", part, turn_off(recipe, part)) for part in parts]
     sweeps = [(field, value) for sweep in asked.vary for field, value in read_sweep(sweep)]
-    variants += [variant(f"{field}={value}", field, value, set_field(recipe, field, value)) for field, value in sweeps]
+    variants += [
+        variant(f"{field}={value}", field, value, set_field(asked.recipe, recipe, field, value))
+        for field, value in sweeps
+    ]
     return list({variant.name: variant for variant in variants}.values())
 
 
@@ -191,7 +184,9 @@ def removable(recipe: Recipe) -> dict[str, dict[str, object]]:
         "tta": {"tta.share": 0.0},
     }
     on = {
-        part: {field: off for field, off in fields.items() if has(recipe, field) and read(recipe, field) != off}
+        part: {
+            field: off for field, off in fields.items() if has_field(recipe, field) and read_field(recipe, field) != off
+        }
         for part, fields in parts.items()
     }
     return {part: fields for part, fields in on.items() if fields}
@@ -199,64 +194,43 @@ def removable(recipe: Recipe) -> dict[str, dict[str, object]]:
 
 def read_sweep(sweep: str) -> list[tuple[str, str]]:
     """(field, value) for each value of "batch_size=64,128". Commas inside brackets belong to a value."""
-    field, equals, values = sweep.partition("=")
-    split, depth = [""], 0
-    for letter in values:
-        depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
-            split.append("")
-        else:
-            split[-1] += letter
-    if not field or not equals or not all(split):
+    field, _, values = sweep.partition("=")
+    split = split_values(values)
+    if not field or not all(split):
         raise UsageError(f"--vary: {sweep!r} is not FIELD=VALUE,VALUE.", "--vary batch_size=250,500")
     return [(field.replace("-", "_"), value) for value in split]
 
 
-def set_field(recipe: Recipe, field: str, value: str) -> dict[str, str]:
+def set_field(name: str, recipe: Recipe, field: str, value: str) -> dict[str, str]:
     """{field: value}, or that of each dropout which the recipe uses. Raises UsageError: it has no such field."""
     if field == "dropout":
         used = dropouts(recipe)
         if not used:
-            raise UsageError(
-                "--vary: this recipe uses no dropout.", "fastcifar recipes show NAME, and --vary FIELD=VALUES"
-            )
+            raise UsageError(f"--vary: recipe {name} uses no dropout.", f"fastcifar recipes show {name}")
         try:
-            return {name: write_value(scale_dropout(recipe, name, float(value))) for name in used}
+            return {one: write_value(scale_dropout(recipe, one, float(value))) for one in used}
         except ValueError as error:
             raise UsageError(
                 f"--vary: dropout is a number from 0 to 1, not {value!r}.", "--vary dropout=0,0.1"
             ) from error
-    if not has(recipe, field):
-        raise UsageError(f"--vary: this recipe has no field {field}.", "fastcifar recipes show NAME")
+    if not has_field(recipe, field):
+        raise UsageError(f"--vary: recipe {name} has no field {field}.", f"fastcifar recipes show {name}")
     return {field: value}
 
 
 def dropouts(recipe: Recipe) -> list[str]:
     """The fields of dropout that are not 0."""
-    return [field for field in DROPOUTS if has(recipe, field) and any(each(read(recipe, field)))]
+    return [field for field in DROPOUTS if has_field(recipe, field) and any(each(read_field(recipe, field)))]
 
 
 def scale_dropout(recipe: Recipe, field: str, value: float) -> object:
     """`value` in place of all that is not 0: a number, or a tuple of them."""
-    before = read(recipe, field)
+    before = read_field(recipe, field)
     return tuple(value if old else old for old in before) if isinstance(before, Sequence) else value
 
 
 def each(value: object) -> Sequence:
     return value if isinstance(value, Sequence) else (value,)
-
-
-def has(recipe: Recipe, field: str) -> bool:
-    try:
-        read(recipe, field)
-    except AttributeError:
-        return False
-    return True
-
-
-def read(recipe: Recipe, field: str) -> object:
-    """The value at a dotted name. Raises AttributeError."""
-    return reduce(getattr, field.split("."), recipe)
 
 
 def write_value(value: object) -> str:
@@ -292,12 +266,11 @@ def describe(asked: Ablation, variants: list[Variant], path: Path, outcomes: dic
 
     `difference` is that of test accuracy with test-time augmentation to the recipe as it is, where that was trained.
     """
-    common = job_of(["--recipe", asked.recipe, *asked.flags, "--validate"])
+    common, _ = read_train(["--recipe", asked.recipe, *asked.flags, "--validate"], "ablate")
     entries = []
     for variant in variants:
         folder = home(variant, variants).folder
-        runs = [outcomes[path / folder / f"seed{seed}"] for seed in range(asked.seeds)]
-        figures = over_seeds(runs)
+        runs = {seed: outcomes[path / folder / f"seed{seed}"] for seed in range(asked.seeds)}
         entries.append(
             {
                 "variant": variant.name,
@@ -306,9 +279,7 @@ def describe(asked: Ablation, variants: list[Variant], path: Path, outcomes: dic
                 "as_recipe": variant.job == common,
                 "flags": variant.words,
                 "folder": folder,
-                "seeds": [keep(run) | {"seed": seed} for seed, run in enumerate(runs)],
-                "mean": {name: mean for name, (mean, _) in figures.items()},
-                "spread": {name: spread for name, (_, spread) in figures.items()},
+                **over_seeds(runs),
             }
         )
     own = next((entry["mean"] for entry in entries if entry["as_recipe"]), {})
@@ -320,14 +291,8 @@ def describe(asked: Ablation, variants: list[Variant], path: Path, outcomes: dic
         "as_reported": common.as_reported,
         "flags": asked.flags,
         **sources(list(outcomes.values())),
-        "machine": f"{processor()}, {physical_cores()} cores",
         "variants": entries,
     }
-
-
-def keep(run: dict) -> dict:
-    """Of result.json, what the tables are made of."""
-    return {"diverged": run["diverged"]} if "diverged" in run else {name: run[name] for name in FIGURES}
 
 
 def title(report: dict) -> str:
@@ -345,7 +310,7 @@ def tabulate(report: dict) -> tuple[list[str], list[list[str]]]:
         if not entry["mean"]:
             rows.append([name, "diverged", "", "", "", "", ""])
             continue
-        accuracies = [percent((entry["mean"][key], entry["spread"][key])) for key in FIGURES[:4]]
+        accuracies = [percent(entry, key) for key in FIGURES[:4]]
         difference = "" if entry["difference"] is None else f"{100 * entry['difference']:+.2f}"
         name += f" ({lost} of {len(entry['seeds'])} diverged)" if lost else ""
         rows.append([name, *accuracies, difference, format_s(entry["mean"]["train_s"])])
@@ -360,7 +325,7 @@ def draw(report: dict) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fastcifar.report import INK
+    from fastcifar.report import INK, png
 
     questions = list(dict.fromkeys(entry["question"] for entry in report["variants"]))
     panels = {name: ordered([e for e in report["variants"] if e["question"] == name]) for name in questions}
@@ -374,9 +339,7 @@ def draw(report: dict) -> bytes:
         legend = {label: mark for axes in row for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower left", ncols=3)
         figure.suptitle(title(report), x=0.01, ha="left", fontsize=10)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+        return png(figure)
 
 
 def ordered(entries: list[dict]) -> list[dict]:
@@ -421,5 +384,4 @@ def draw_panel(axes, question: str, entries: list[dict]) -> None:
     axes.set_xticks(range(len(entries)), labels or [entry["value"] for entry in entries])
     axes.set_xlim(-0.5, len(entries) - 0.5)
     axes.set_title(question, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.6)

@@ -48,7 +48,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @dataclass(frozen=True)
-class Claim:
+class Task:
     """A point that this process is to work on, and what it is to try."""
 
     point: int
@@ -86,7 +86,7 @@ class Queue:
         self.url, self.points, self.grid, self.method, self.seed = read_url(url), points, grid, method, seed
         self.distributions = {one.field: distribution(one) for one in searched}
         with self.reached():
-            self.engine = sqlalchemy.create_engine(self.url)
+            self.engine = sqlalchemy.create_engine(self.url, pool_pre_ping=True)
             with self.locked():
                 self.storage = optuna.storages.RDBStorage(
                     self.url.render_as_string(hide_password=False),
@@ -112,13 +112,13 @@ class Queue:
         """The storage's URL, its password hidden."""
         return self.url.render_as_string(hide_password=True)
 
-    def claim(self) -> Claim | None:
-        """Take the next free point; None if all are complete or being worked on."""
+    def claim(self) -> Task | None:
+        """Take the next free point; None if as many as there are to be are complete or being worked on."""
         with self.reached(), self.locked():
             self.repair()
-            waiting = self.trials(TrialState.WAITING)
-            if not waiting:
+            if len(self.trials(TrialState.COMPLETE, TrialState.RUNNING)) >= self.points:
                 return None
+            waiting = self.trials(TrialState.WAITING)
             # Marked as alive before it runs, so that there is no moment in which its death would go unseen.
             self.storage.record_heartbeat(waiting[0]._trial_id)
             point = waiting[0].user_attrs["point"]
@@ -126,35 +126,35 @@ class Queue:
             trial = self.study.ask(self.distributions)
             assert trial.number == waiting[0].number
             trial.set_user_attr("worker", worker_name())
-            return Claim(point, {name: typed(value) for name, value in trial.params.items()}, trial)
+            return Task(point, {name: typed(value) for name, value in trial.params.items()}, trial)
 
-    def complete(self, claim: Claim, accuracy: float, facts: dict) -> None:
+    def complete(self, task: Task, accuracy: float, facts: dict) -> None:
         """The point is done, `facts` being what else is to be known of it.
 
         Does nothing if this process was taken for dead meanwhile and the point given to another.
         """
         with self.reached(), self.locked():
-            if self.state(claim) != TrialState.RUNNING:
+            if self.state(task) != TrialState.RUNNING:
                 return
             for name, value in facts.items():
-                claim.trial.set_user_attr(name, value)
-            self.study.tell(claim.trial, accuracy)
+                task.trial.set_user_attr(name, value)
+            self.study.tell(task.trial, accuracy)
 
-    def give_back(self, claim: Claim) -> None:
+    def give_back(self, task: Task) -> None:
         """The point is free again."""
         with self.reached(), self.locked():
-            if self.state(claim) == TrialState.RUNNING:
-                self.study.tell(claim.trial, state=TrialState.FAIL)
+            if self.state(task) == TrialState.RUNNING:
+                self.study.tell(task.trial, state=TrialState.FAIL)
 
     @contextmanager
-    def alive(self, claim: Claim) -> Iterator[None]:
+    def alive(self, task: Task) -> Iterator[None]:
         """Give signs of life, from a thread."""
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(BEAT_S):
                 with suppress(Exception):  # a storage that is away for a moment is no reason to stop a training
-                    self.storage.record_heartbeat(claim.trial._trial_id)
+                    self.storage.record_heartbeat(task.trial._trial_id)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -169,6 +169,9 @@ class Queue:
         with self.reached():
             trials = self.trials(TrialState.COMPLETE)
         return sorted(trials, key=lambda trial: (-(trial.value or 0.0), trial.user_attrs["point"]))
+
+    def is_complete(self) -> bool:
+        return len(self.finished()) >= self.points
 
     def running(self) -> int:
         """How many points are being worked on, by this process or others."""
@@ -189,8 +192,8 @@ class Queue:
                 parameters = self.grid[point] if self.grid else drawn(tried)
                 self.study.enqueue_trial(parameters, user_attrs={"point": point})
 
-    def state(self, claim: Claim) -> TrialState:
-        return self.storage.get_trial(claim.trial._trial_id).state
+    def state(self, task: Task) -> TrialState:
+        return self.storage.get_trial(task.trial._trial_id).state
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)

@@ -5,7 +5,6 @@ rows with a look at the held-out images. The weights are deleted as soon as a ru
 """
 
 import argparse
-import itertools
 import json
 import shlex
 from dataclasses import dataclass
@@ -15,23 +14,18 @@ from pathlib import Path
 from fastcifar.display import Display, print_columns
 from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
-from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import NAMED, Claim, find_named
-from fastcifar.run import RunFolder, write_atomically
-from fastcifar.studies.flags import Flags
+from fastcifar.run import pick_folder, write_atomically, write_json
+from fastcifar.studies.flags import Flags, read_train
 from fastcifar.studies.study import (
-    FIGURES,
     Training,
-    job_of,
+    check_study,
     markdown,
     open_study,
     over_seeds,
     percent,
-    refuse_flags,
-    refuse_seeds,
     sources,
     train_each,
-    write_json,
 )
 
 WAYS = ("as-reported", "fast")
@@ -72,23 +66,23 @@ class Reproduction:
 def flags() -> Flags:
     parser = Flags(
         "reproduce",
+        "[RECIPE ...]",
         "Train the recipes that come from a report (default: all), as reported and the fast way. 5,000 training images "
         "are held out. The same command with the same --out goes on where it was stopped.",
-        "[RECIPE ...] [--only WAY] [--seeds N] [--out DIR] [--readme FILE]",
+        "[--only WAY] [--seeds N] [--out DIR] [--readme FILE]",
     )
     parser.add_argument("--only", choices=WAYS, default=None, help="one of the two ways")
     parser.add_argument(
         "--readme", metavar="FILE", type=Path, default=None, help="replace the table between the markers in this file"
     )
-    parser.add_study_arguments("bench/records/DATE-reproduce-DEVICE in a checkout, else a new one in runs/")
+    parser.add_seeds()
+    parser.add_out("bench/records/DATE-reproduce-DEVICE in a checkout, else a new one in runs/")
     return parser
 
 
 def run(words: list[str]) -> int:
     """Make the study that these words ask for; returns the exit code. Raises what `reproduce` raises."""
-    # The names first: argparse would take the 20 of `--epochs 20`, a flag that it does not know, for another name.
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    own, rest = flags().split(words[len(names) :])
+    names, own, rest = flags().split(words)
     reproduce(Reproduction(names, own.only, own.seeds, rest), own.out, own.readme, Display())
     return EXIT_DONE
 
@@ -120,7 +114,7 @@ def reproduce(asked: Reproduction, out: Path | None, readme: Path | None, displa
     rows = tabulate(report)
     if readme is not None:
         write_table(readme, rows)
-    print_columns(HEADINGS, [[cell or MISSING for cell in row] for row in rows])
+    print_columns(HEADINGS, map(fill, rows))
     return report
 
 
@@ -129,14 +123,12 @@ def reproduce(asked: Reproduction, out: Path | None, readme: Path | None, displa
 
 def check(asked: Reproduction) -> dict[tuple[str, str], Job]:
     """{(recipe, way): its job}. Raises UsageError for the first value that makes no sense."""
-    refuse_seeds(asked.seeds)
-    refuse_flags("reproduce", asked.flags)
-    if "--as_reported" in asked.flags:
-        raise UsageError("--as_reported: `fastcifar reproduce` trains both ways.", "--only as-reported")
+    check_study("reproduce", asked.seeds, asked.flags, "--as_reported")
     for name in asked.recipes:
         if find_named(name).reported is None:
             raise UsageError(f"reproduce: recipe {name} comes from no report.", "fastcifar reproduce mlp")
-    return {(name, way): job_of(words(asked, name, way)) for name in asked.names() for way in asked.ways()}
+    ways = [(name, way) for name in asked.names() for way in asked.ways()]
+    return {(name, way): read_train(words(asked, name, way), "reproduce")[0] for name, way in ways}
 
 
 def words(asked: Reproduction, name: str, way: str) -> list[str]:
@@ -152,7 +144,7 @@ def default_folder(job: Job) -> Path:
 
     records = Path(__file__).parents[2] / "bench" / "records"
     if not records.is_dir():
-        return RunFolder.create(None, "reproduce").path
+        return pick_folder("reproduce")
     device = pick_device(job.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return records / f"{datetime.now():%Y-%m-%d}-reproduce-{'-'.join(name.lower().split())}"
@@ -196,21 +188,11 @@ def describe(asked: Reproduction, jobs: dict[tuple[str, str], Job], path: Path, 
         for way in asked.ways():
             folders = [run_folder(path, name, way, seed) for seed in range(asked.seeds)]
             runs = {seed: outcomes[folder] for seed, folder in enumerate(folders) if folder in outcomes}
-            figures = over_seeds(list(runs.values()))
-            entry[way] = {
-                "seeds": [
-                    ({"diverged": run["diverged"]} if "diverged" in run else {key: run[key] for key in FIGURES})
-                    | {"seed": seed}
-                    for seed, run in runs.items()
-                ],
-                "mean": {key: mean for key, (mean, _) in figures.items()},
-                "spread": {key: spread for key, (_, spread) in figures.items()},
-            }
+            entry[way] = over_seeds(runs)
         recipes.append(entry)
     return {
         "flags": asked.flags,
         **sources(list(outcomes.values())),
-        "machine": f"{processor()}, {physical_cores()} cores",
         "recipes": recipes,
     }
 
@@ -242,7 +224,7 @@ def cells(way: dict | None, *keys: str) -> list[str]:
     lost = sum("diverged" in run for run in way["seeds"])
     if not way["mean"]:
         return ["diverged", ""]
-    pair = " / ".join(percent((way["mean"][key], way["spread"][key])) for key in keys)
+    pair = " / ".join(percent(way, key) for key in keys)
     return [
         f"{pair} %" + (f" ({lost} of {len(way['seeds'])} diverged)" if lost else ""),
         f"{way['mean']['wall_s']:.0f} s",
@@ -281,21 +263,16 @@ def write_table(readme: Path, rows: list[list[str]]) -> None:
     Raises UsageError if the markers are not there.
     """
     before, between, after = between_markers(readme)
-    old = {read_name(row): row for row in between.splitlines() if row.startswith("| `")}
-    table = {name: [cell.strip() for cell in row.strip().strip("|").split("|")] for name, row in old.items()}
+    lines = [line for line in between.splitlines() if line.startswith("| `")]
+    old = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    table = {row[0]: row for row in old}  # by recipe and flags, so that other flags are another row
     for row in rows:
-        name = read_name(row[0])
-        kept = table.get(name, [])
+        kept = table.get(row[0], [])
         kept += [""] * (len(HEADINGS) - len(kept))
         ways = (row[2:4] if row[2] else kept[2:4]) + (row[4:6] if row[4] else kept[4:6])
-        table[name] = fill([row[0], row[1], *ways])
+        table[row[0]] = fill([*row[:2], *ways])
     content = f"{before}{MARKERS[0]}\n{markdown(HEADINGS, list(table.values()))}\n{MARKERS[1]}{after}"
     write_atomically(readme, content.encode())
-
-
-def read_name(row: str) -> str:
-    """The recipe that a row of the table begins with."""
-    return row.split("`")[1]
 
 
 def between_markers(readme: Path) -> tuple[str, str, str]:

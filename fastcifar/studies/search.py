@@ -1,11 +1,11 @@
 """What a sweep searches: fields of the recipe, and the values that each may take."""
 
 import math
-import re
 from dataclasses import dataclass
 
 from fastcifar.errors import UsageError
 from fastcifar.settings import Recipe
+from fastcifar.studies.fields import has_field, read_field, split_values
 
 HINT = "--search optim.lr=1e-4..1e-1, or --search optim.lr=0.01,0.1"
 LOG_FROM = 10.0  # a range whose ends differ by this factor is searched on a logarithmic scale
@@ -40,32 +40,29 @@ def typed(value: float | str) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def read_search(words: list[str], recipe: Recipe) -> list[Searched]:
-    """From FIELD=SPEC to what is searched. Raises UsageError naming the field."""
-    found = [read_one(word, recipe) for word in words]
+def read_search(words: list[str], name: str, recipe: Recipe) -> list[Searched]:
+    """From FIELD=SPEC to what is searched of the recipe with this name. Raises UsageError naming the field."""
+    found = [read_one(word, name, recipe) for word in words]
     names = [one.field for one in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--search: {name} is there twice.", HINT)
+    for one in names:
+        if names.count(one) > 1:
+            raise UsageError(f"--search: {one} is there twice.", HINT)
     return found
 
 
-def read_one(word: str, recipe: Recipe) -> Searched:
-    name, equals, spec = word.partition("=")
-    name = name.removeprefix("--").replace("-", "_")
-    if not equals or not name or not spec:
+def read_one(word: str, name: str, recipe: Recipe) -> Searched:
+    field, _, spec = word.partition("=")
+    field = field.removeprefix("--").replace("-", "_")
+    if not field or not spec:
         raise UsageError(f"--search: {word!r} is not FIELD=VALUES.", HINT)
-    value = recipe
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise UsageError(f"--search: the recipe has no field {name}.", "fastcifar recipes show NAME")
-        value = getattr(value, part)
+    if not has_field(recipe, field):
+        raise UsageError(f"--search: recipe {name} has no field {field}.", f"fastcifar recipes show {name}")
     if ".." in spec:
-        return read_range(name, spec, value)
-    choices = split_choices(spec)
+        return read_range(field, spec, read_field(recipe, field))
+    choices = split_values(spec)
     if "" in choices or len(set(choices)) < len(choices):
-        raise UsageError(f"--search {name}: the choices {spec!r} are not different values between commas.", HINT)
-    return Searched(name, tuple(choices))
+        raise UsageError(f"--search {field}: the choices {spec!r} are not different values between commas.", HINT)
+    return Searched(field, tuple(choices))
 
 
 def read_range(name: str, spec: str, value: object) -> Searched:
@@ -81,15 +78,3 @@ def read_range(name: str, spec: str, value: object) -> Searched:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UsageError(f"--search {name}: the range {spec!r} does not rise.", HINT)
     return Searched(name, low=low, high=high, whole=whole)
-
-
-def split_choices(spec: str) -> list[str]:
-    """At the commas outside brackets: "[64,256],[32,64]" are two."""
-    choices, depth = [""], 0
-    for piece in re.findall(r".", spec):
-        depth += (piece in "[{(") - (piece in "]})")
-        if piece == "," and depth == 0:
-            choices.append("")
-        else:
-            choices[-1] += piece
-    return [choice.strip() for choice in choices]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fastcifar.display import Display, format_s
 from fastcifar.errors import DivergedError, UsageError, UserError
-from fastcifar.job import Job
-from fastcifar.parsers import parse, read_job
-from fastcifar.run import write_atomically
+from fastcifar.process import physical_cores, processor
+from fastcifar.run import make_folder, write_json
+from fastcifar.studies.flags import refuse_flags
 from fastcifar.studies.trial import run_trial
 
-SET_BY_THE_STUDY = ("--recipe", "--config", "--seed", "--resume", "--plan", "--target", "--json")
+MARK = "study.json"
 FIGURES = ("val_acc", "best_val_acc", "test_acc", "test_acc_tta", "train_s", "wall_s")
 
 
@@ -30,39 +30,34 @@ class Training:
 # Before the first training
 
 
-def refuse_flags(verb: str, flags: list[str]) -> None:
-    """Raise UsageError for a flag of `train` that the study sets itself, or that would end a training early."""
-    for word in flags:
-        if (flag := word.partition("=")[0]) in SET_BY_THE_STUDY:
-            raise UsageError(f"{flag}: cannot be given to `fastcifar {verb}`.", f"fastcifar {verb} --help")
-
-
-def refuse_seeds(seeds: int) -> None:
+def check_study(verb: str, seeds: int, flags: list[str], *more: str) -> None:
+    """Raise UsageError for a flag that a study with several seeds sets itself, `more` included, or for no seeds."""
+    refuse_flags(verb, flags, "--seed", "--json", *more)
     if seeds < 1:
         raise UsageError(f"--seeds: must be at least 1, is {seeds}.", "--seeds 3")
 
 
-def job_of(words: list[str]) -> Job:
-    """The job that these flags of `train` describe. Raises UsageError, as `train` does."""
-    return read_job(parse(["train", *words])["train"])
-
-
 def open_study(folder: Path, command: list[str]) -> None:
     """Make the folder of a study, or go on in that of the same command. Raises UsageError if it holds anything else."""
-    told = folder / "study.json"
-    if told.is_file():
-        words = json.loads(told.read_text())["words"]
-        if words != command:
-            same = shlex.join(["fastcifar", *words, "--out", str(folder)])
-            raise UsageError(f"--out: {folder} holds the study of another command.", f"{same}, or another --out")
+    if not (folder / MARK).is_file() and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--out: {folder} holds something that is no study.", "another --out DIR")
+    make_folder(folder)
+    mark_folder(folder, {"words": command})
+
+
+def mark_folder(folder: Path, whose: dict) -> None:
+    """Note whose trainings lie in the folder.
+
+    Raises UsageError if they are another study's: they would be taken for this one's, as what is found finished is not
+    repeated.
+    """
+    if not (folder / MARK).is_file():
+        write_json(folder / MARK, whose)
         return
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UsageError(f"--out: {folder} holds something that is no study.", "another --out DIR")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: cannot make the folder {folder}: {error.strerror}.", "another --out DIR") from error
-    write_json(told, {"words": command})
+    found = json.loads((folder / MARK).read_text())
+    if found != whose:
+        again = shlex.join(["fastcifar", *found["words"], "--out", str(folder)]) + ", or " if "words" in found else ""
+        raise UsageError(f"--out: {folder} holds the trainings of another study.", f"{again}another --out DIR")
 
 
 # The trainings
@@ -119,37 +114,33 @@ def read_outcome(folder: Path) -> dict:
 # Figures over the seeds
 
 
-def over_seeds(outcomes: Sequence[dict]) -> dict[str, list]:
-    """{figure: [mean, sample standard deviation]} of the outcomes that did not diverge.
+def over_seeds(outcomes: dict[int, dict]) -> dict:
+    """Outcomes by seed: the figures of each, and the `mean` and `spread` (sample standard deviation) over the seeds.
 
-    The deviation is None of one outcome; without any, the dictionary is empty.
+    Those that diverged are left out: `spread` is None of only one, and both are empty without any.
     """
-    finished = [outcome for outcome in outcomes if "diverged" not in outcome]
+    finished = [outcome for outcome in outcomes.values() if "diverged" not in outcome]
     columns = {figure: [outcome[figure] for outcome in finished] for figure in FIGURES if finished}
+    kept = ("diverged", *FIGURES)
     return {
-        figure: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
-        for figure, values in columns.items()
+        "seeds": [{name: run[name] for name in kept if name in run} | {"seed": seed} for seed, run in outcomes.items()],
+        "mean": {figure: statistics.mean(values) for figure, values in columns.items()},
+        "spread": {figure: statistics.stdev(values) if len(values) > 1 else None for figure, values in columns.items()},
     }
 
 
-def percent(figure: Sequence) -> str:
-    """The mean of some accuracies, with their deviation if there is one: 93.78, or 93.78 ± 0.12."""
-    mean, deviation = figure
+def percent(summary: dict, figure: str) -> str:
+    """The mean of some accuracies (`over_seeds`), with their spread if there is one: 93.78, or 93.78 ± 0.12."""
+    mean, deviation = summary["mean"][figure], summary["spread"][figure]
     return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
 
 
 def sources(outcomes: Sequence[dict]) -> dict[str, str | None]:
-    """Data set, device, torch and commit of the outcomes; several, if the study was gone on with elsewhere."""
+    """Where the outcomes come from; several of a kind, if the study was gone on with elsewhere. The machine is this."""
     keys = ("dataset", "device", "torch", "commit")
     found = {key: sorted({str(outcome[key]) for outcome in outcomes if outcome.get(key)}) for key in keys}
-    return {key: ", ".join(values) or None for key, values in found.items()}
-
-
-# Files
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    machine = f"{processor()}, {physical_cores()} cores"
+    return {key: ", ".join(values) or None for key, values in found.items()} | {"machine": machine}
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

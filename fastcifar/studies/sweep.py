@@ -1,7 +1,7 @@
 """`fastcifar sweep`: which values of a recipe's fields train best.
 
 Every setting is trained in a process of its own and judged by its accuracy on 5,000 training images that are held out;
-the test images are never asked. The same command, started once more here or elsewhere with the same --study and
+the test images have no say in it. The same command, started once more here or elsewhere with the same --study and
 --storage, is another worker of the same study, and goes on with it if the first was stopped (`queue.py`).
 """
 
@@ -11,35 +11,37 @@ import math
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import Namespace
-
-from fastcifar.errors import EXIT_DONE, DeviceError, DivergedError, UsageError
+from fastcifar.display import Display, format_s, print_table
+from fastcifar.errors import EXIT_DIVERGED, EXIT_DONE, DeviceError, DivergedError, UsageError, UserError
 from fastcifar.job import Job
-from fastcifar.studies.flags import Flags, read_train
+from fastcifar.run import make_folder, source_commit, write_atomically, write_json
+from fastcifar.studies.fields import write_flags
+from fastcifar.studies.flags import Flags, read_train, refuse_flags
 from fastcifar.studies.search import LOG_FROM, Searched, read_search
+from fastcifar.studies.study import mark_folder, markdown
+from fastcifar.studies.trial import run_trial
 
 if TYPE_CHECKING:  # Optuna need not be there for --help
-    from fastcifar.studies.queue import Claim, Queue
+    from fastcifar.studies.queue import Queue, Task
 
 TRIALS = 20
 # What may differ between two workers of one study: it changes where and how fast they train, not what.
-LOCAL = ("data", "device", "workers", "loader")
+LOCAL = ("data", "device", "workers", "loader", "track")
 COLUMNS = 3  # of panels in the picture
 
 
 def flags() -> Flags:
     parser = Flags(
         "sweep",
+        "RECIPE",
         "Search the values of a recipe's fields that train best, judged on 5,000 held-out training images. Run the "
         "same command again, also at the same time or on another machine, and it works on the same study.",
-        "RECIPE --search FIELD=VALUES ... [--method grid|random|tpe] [--trials N] [--study NAME] [--storage URL] "
-        "[--out DIR]",
+        "--search FIELD=VALUES ... [--method grid|random|tpe] [--trials N] [--study NAME] [--storage URL] [--out DIR]",
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="see `fastcifar recipes list`")
     parser.add_argument(
         "--search",
         nargs="+",
@@ -70,27 +72,24 @@ def flags() -> Flags:
         help="postgresql://USER:PASSWORD@HOST/DATABASE for workers on several machines (or without the password, and "
         "$PGPASSWORD); default: a SQLite file in DIR",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="for the table, the picture and the run folders (default: runs/NAME)"
-    )
+    parser.add_out("runs/NAME")
     return parser
 
 
 def run(words: list[str]) -> int:
     """Work on the study until every point is complete; returns the exit code.
 
-    Raises what `run_trial` raises, but for a training that diverges or does not fit into memory: it counts, with an
-    accuracy of 0.
+    Raises what `run_trial` raises, but for a training that fails by itself (`train_point`): it counts, with an accuracy
+    of 0. If all of them failed, raises UserError.
     """
-    own, rest = flags().split(words)
-    words = ["--recipe", own.recipe, *rest]
-    job, chosen = read_train(words)
-    if job.recipe != own.recipe:
-        raise UsageError("--recipe: the recipe of a sweep stands first.", f"fastcifar sweep {job.recipe} --search ...")
-    searched = read_search(own.search, job.settings)
+    [recipe], own, rest = flags().split(words)
+    refuse_flags("sweep", rest)
+    words = ["--recipe", recipe, *rest]
+    job, chosen = read_train(words, "sweep")
+    searched = read_search(own.search, recipe, job.settings)
     grid = read_points(own.method, searched, own.trials)
     check_samples(words, searched, grid)
-    name = own.study or f"sweep-{own.recipe}"
+    name = own.study or f"sweep-{recipe}"
     out = own.out or Path("runs") / name
 
     from fastcifar.cli import prepare_process
@@ -111,10 +110,16 @@ def run(words: list[str]) -> int:
         method=own.method,
         seed=job.seed,
     )
-    mark_folder(out, queue.identity)
+    mark_folder(out, {"sweep": queue.identity})
     work(queue, words, out)
     report = write_report(queue, name, words, searched, own.method, out)
-    print_report(report, out, chosen)
+    failed = report["best"]["failed"] is not None
+    if not failed:
+        print_report(report, out)
+    if chosen.json:
+        print(json.dumps(report))
+    if failed:
+        raise name_failure(report, out)
     return EXIT_DONE
 
 
@@ -134,16 +139,13 @@ def read_points(method: str, searched: list[Searched], trials: int | None) -> li
 
 
 def check_samples(words: list[str], searched: list[Searched], grid: list[dict[str, str]] | None) -> None:
-    """Raise now what `train` would raise later, for a choice, an end of a range or a point of the grid: UsageError."""
-    for one in searched:
-        for value in one.samples():
-            read_train([*words, f"--{one.field}", value])
-    for point in grid or []:
-        read_train([*words, *as_flags(point)])
+    """Raise now what `train` would raise later: UsageError.
 
-
-def as_flags(parameters: dict[str, str]) -> list[str]:
-    return [word for name, value in parameters.items() for word in (f"--{name}", value)]
+    Asked for every point of a grid, which has every choice in some point; without one for each choice or end of a range
+    by itself.
+    """
+    for point in grid or [{one.field: value} for one in searched for value in one.samples()]:
+        read_train([*words, *write_flags(point)], "sweep")
 
 
 def describe(job: Job, method: str, searched: list[Searched]) -> dict:
@@ -159,69 +161,54 @@ def describe(job: Job, method: str, searched: list[Searched]) -> dict:
     return json.loads(json.dumps({"search": [one.text() for one in searched], "method": method, **lasting}))
 
 
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: cannot make the folder {out}: {error.strerror}.", "another --out DIR") from error
-
-
-def mark_folder(out: Path, identity: str) -> None:
-    """Note whose trainings lie in the folder. Raises UsageError if they are another study's: they would be taken for
-    this one's, as what is found finished is not repeated."""
-    from fastcifar.run import write_atomically
-
-    mark = out / "study"
-    if mark.is_file() and mark.read_text().strip() != identity:
-        raise UsageError(f"--out: {out} holds the trainings of another study.", "another --out DIR")
-    write_atomically(mark, f"{identity}\n".encode())
-
-
 # Training
 
 
 def work(queue: "Queue", words: list[str], out: Path) -> None:
     """Take points and train them until none is left. Those of other workers are waited for: they may die."""
-    from fastcifar.display import Display
     from fastcifar.studies.queue import WAIT_S
 
     display, waiting = Display(), False
     display.say(f"study {queue.study.study_name} in {queue.place()}: {queue.points} trainings")
     while True:
-        claim = queue.claim()
-        if claim is None and not queue.running():
+        task = queue.claim()
+        if task is None and queue.is_complete():
             return
-        if claim is None:
+        if task is None:
             if not waiting:
                 display.say("Waiting for the trainings of the other workers.")
             waiting = True
             time.sleep(WAIT_S)
             continue
         waiting = False
-        display.say(f"{folder(out, claim.point)}: {shlex.join(as_flags(claim.parameters))}")
-        train_point(queue, claim, words, out)
+        display.say(f"{folder(out, task.point)}: {shlex.join(write_flags(task.parameters))}")
+        train_point(queue, task, words, out)
         display.say(progress(queue))
 
 
-def train_point(queue: "Queue", claim: "Claim", words: list[str], out: Path) -> None:
-    """Train one point and say how good it is. However this ends, the point is not lost."""
-    from fastcifar.studies.trial import run_trial
+def train_point(queue: "Queue", task: "Task", words: list[str], out: Path) -> None:
+    """Train one point and say how good it is. However this ends, the point is not lost.
 
+    One that diverges, or does not fit into memory, or whose values do not go together (no range tells of that
+    beforehand), is complete as failed.
+    """
     try:
-        with queue.alive(claim):
+        with queue.alive(task):
             try:
-                result = run_trial(point_words(words, claim.parameters), folder(out, claim.point))
+                read_train(point_words(words, task.parameters), "sweep")
+                result = run_trial(point_words(words, task.parameters), folder(out, task.point))
                 accuracy, facts = result["val_acc"], {"seconds": result["wall_s"]}
-            except (DivergedError, DeviceError) as error:
-                accuracy, facts = 0.0, {"failed": error.message}
+            except (DivergedError, DeviceError, UsageError) as error:
+                failed = {"failed": error.message, "hint": error.hint, "exit_code": error.exit_code}
+                accuracy, facts = 0.0, failed
     except BaseException:
-        queue.give_back(claim)
+        queue.give_back(task)
         raise
-    queue.complete(claim, accuracy, facts)
+    queue.complete(task, accuracy, facts)
 
 
 def point_words(words: list[str], parameters: dict[str, str]) -> list[str]:
-    return [*words, "--validate", *as_flags(parameters)]
+    return [*words, "--validate", *write_flags(parameters)]
 
 
 def folder(out: Path, point: int) -> Path:
@@ -230,8 +217,6 @@ def folder(out: Path, point: int) -> Path:
 
 def progress(queue: "Queue") -> str:
     """The study so far, in a line."""
-    from fastcifar.display import format_s
-
     finished = queue.finished()
     if not finished:
         return f"0 of {queue.points} trainings done"
@@ -249,8 +234,6 @@ def progress(queue: "Queue") -> str:
 
 def write_report(queue: "Queue", name: str, words: list[str], searched: list[Searched], method: str, out: Path) -> dict:
     """Write sweep.json, sweep.md and sweep.png; returns what the first holds."""
-    from fastcifar.run import source_commit, write_atomically
-
     trials = [
         {
             "point": trial.user_attrs["point"],
@@ -258,7 +241,7 @@ def write_report(queue: "Queue", name: str, words: list[str], searched: list[Sea
             "val_acc": trial.value,
             "seconds": trial.user_attrs.get("seconds"),
             "worker": trial.user_attrs["worker"],
-            "failed": trial.user_attrs.get("failed"),
+            **{key: trial.user_attrs.get(key) for key in ("failed", "hint", "exit_code")},
         }
         for trial in queue.finished()
     ]
@@ -273,28 +256,33 @@ def write_report(queue: "Queue", name: str, words: list[str], searched: list[Sea
         "command": shlex.join(["fastcifar", "train", *point_words(words, best["parameters"])]),
         "trials": trials,
     }
-    write_atomically(out / "sweep.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_atomically(out / "sweep.md", "".join(f"{line}\n" for line in markdown(report, searched)).encode())
+    write_json(out / "sweep.json", report)
+    write_atomically(out / "sweep.md", describe_trials(report, searched).encode())
     write_atomically(out / "sweep.png", draw(report, searched))
     return report
 
 
-def markdown(report: dict, searched: list[Searched]) -> Iterator[str]:
-    """All trainings, best first."""
+def describe_trials(report: dict, searched: list[Searched]) -> str:
+    """sweep.md: all trainings, best first."""
     fields = [one.field for one in searched]
-    yield f"# Study {report['study']}\n"
-    yield "Accuracy on 5,000 held-out training images; the test images were not asked. The best:\n"
-    yield f"    {report['command']}\n"
-    yield f"| {' | '.join(fields)} | accuracy | seconds | worker | trial |"
-    yield f"|{'---|' * len(fields)}---:|---:|---|---|"
-    for row in report["trials"]:
-        values = " | ".join(short(row["parameters"][field]) for field in fields)
-        accuracy = "failed" if row["failed"] else f"{row['val_acc']:.2%}"
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
-        yield f"| {values} | {accuracy} | {seconds} | {row['worker']} | trial-{row['point']:05d} |"
-    for row in report["trials"]:
-        if row["failed"]:
-            yield f"\ntrial-{row['point']:05d}: {row['failed']}"
+    rows = [
+        [
+            f"trial-{row['point']:05d}",
+            *(short(row["parameters"][field]) for field in fields),
+            "failed" if row["failed"] else f"{row['val_acc']:.2%}",
+            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            row["worker"],
+        ]
+        for row in report["trials"]
+    ]
+    paragraphs = [
+        f"# Study {report['study']}",
+        "Accuracy on 5,000 held-out training images; the test images had no say in it. The best:",
+        f"    {report['command']}",
+        markdown(["trial", *fields, "accuracy", "seconds", "worker"], rows),
+        *(f"trial-{row['point']:05d}: {row['failed']}" for row in report["trials"] if row["failed"]),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def short(value: str) -> str:
@@ -307,11 +295,9 @@ def short(value: str) -> str:
 
 def draw(report: dict, searched: list[Searched]) -> bytes:
     """Accuracy against each searched field, a panel each, as PNG."""
-    import io
-
     from matplotlib.figure import Figure
 
-    from fastcifar.report import ACCENT, INK, SECOND
+    from fastcifar.report import ACCENT, INK, SECOND, png
 
     columns = min(COLUMNS, len(searched))
     rows = math.ceil(len(searched) / columns)
@@ -337,7 +323,6 @@ def draw(report: dict, searched: list[Searched]) -> bytes:
         if trained:
             panel.plot(places(trained[0]), 100 * trained[0]["val_acc"], "o", color=SECOND, markersize=9, clip_on=False)
         panel.set_xlabel(one.field)
-        panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#d0d7de", linewidth=0.6)
         panel.set_axisbelow(True)
     for panel in panels[::columns]:
@@ -345,9 +330,7 @@ def draw(report: dict, searched: list[Searched]) -> bytes:
     best = f"best {report['best']['val_acc']:.2%}"
     missing = f"; × {len(failed)} failed" if failed else ""
     figure.suptitle(f"{report['study']}, {len(report['trials'])} trainings, {best} (orange){missing}", fontsize=10)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return png(figure)
 
 
 def axis_of(panel, one: Searched) -> Callable[[dict], float]:
@@ -365,14 +348,8 @@ def axis_of(panel, one: Searched) -> Callable[[dict], float]:
     return lambda row: float(row["parameters"][one.field])
 
 
-def print_report(report: dict, out: Path, chosen: Namespace) -> None:
-    from fastcifar.display import print_table
-
+def print_report(report: dict, out: Path) -> None:
     best = report["best"]
-    if best["failed"]:
-        raise DivergedError(
-            f"Every training failed; {out / 'sweep.md'} says how.", "smaller values of what is searched"
-        )
     failed = sum(row["failed"] is not None for row in report["trials"])
     print_table(
         [
@@ -383,5 +360,11 @@ def print_report(report: dict, out: Path, chosen: Namespace) -> None:
         ]
     )
     print(f"\nTrain it: {report['command']}")
-    if chosen.json:
-        print(json.dumps(report))
+
+
+def name_failure(report: dict, out: Path) -> UserError:
+    """That no training came to its end: with the exit code of them all, or with that of divergence."""
+    error = UserError(f"Every training failed; {out / 'sweep.md'} says how.", report["best"]["hint"])
+    codes = {row["exit_code"] for row in report["trials"]}
+    error.exit_code = codes.pop() if len(codes) == 1 else EXIT_DIVERGED
+    return error

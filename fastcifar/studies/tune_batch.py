@@ -4,7 +4,6 @@ It ends before the memory does, as foretold by the last two batches; or with the
 row have gained next to nothing.
 """
 
-import io
 import statistics
 import time
 from collections.abc import Iterator
@@ -139,7 +138,7 @@ def draw(report: dict) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from fastcifar.report import ACCENT, INK, SECOND
+    from fastcifar.report import ACCENT, INK, SECOND, png
 
     sizes = [row["batch_size"] for row in report["batches"]]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -156,7 +155,4 @@ def draw(report: dict) -> bytes:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.set_xlabel(f"batch; recipe {report['recipe']}, {report['image_px']} px, {report['device']}")
-        axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return png(figure)

@@ -9,7 +9,6 @@ and BatchNorm hold the loss down, and at absurd rates it comes back to that of a
 likely, which may be the lowest there is.
 """
 
-import io
 import itertools
 import math
 from collections.abc import Iterator
@@ -51,7 +50,7 @@ def measure(job: Job, setup: Setup, display: Display) -> dict:
         name, peak = next(iter(peaks(setup.recipe.optim).items()))
         raise DivergedError(
             f"The loss explodes at a thousandth of --{name} {peak:g} already.",
-            as_flags(setup.recipe.optim, LOWEST / 100),
+            write_rates(setup.recipe.optim, LOWEST / 100),
         )
     smoothed = smooth(losses)
     lowest = smoothed.index(min(smoothed))
@@ -68,7 +67,7 @@ def measure(job: Job, setup: Setup, display: Display) -> dict:
         "lowest_factor": factors[lowest],
         "suggested_factor": suggested,
         "still_falling": lowest == len(factors) - 1,
-        "flags": as_flags(setup.recipe.optim, suggested),
+        "flags": write_rates(setup.recipe.optim, suggested),
     }
 
 
@@ -104,7 +103,7 @@ def peaks(optim: Optim) -> dict[str, float]:
     return {f"optim.{name}": getattr(optim, name) for name in names}
 
 
-def as_flags(optim: Optim, factor: float) -> str:
+def write_rates(optim: Optim, factor: float) -> str:
     """The recipe's learning rates times `factor`, as typed, two digits each."""
     return " ".join(f"--{name} {factor * peak:.2g}" for name, peak in peaks(optim).items())
 
@@ -125,7 +124,7 @@ def draw(report: dict) -> bytes:
     """Loss against learning rate, the suggestion marked, as PNG."""
     from matplotlib.figure import Figure
 
-    from fastcifar.report import ACCENT, INK, SECOND
+    from fastcifar.report import ACCENT, INK, SECOND, png
 
     name, peak = next(iter(report["peaks"].items()))
     rates = [factor * peak for factor in report["factors"]]
@@ -146,7 +145,4 @@ def draw(report: dict) -> bytes:
     title = f"recipe {report['recipe']}, {report['dataset']}, batches of {report['batch_size']}, seed {report['seed']}"
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return png(figure)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastcifar.cli import main
-from fastcifar.recipes import NAMED, find_recipe
-from fastcifar.studies.ablate import Ablation, plan, plan_trainings, read, removable
+from fastcifar.recipes import AS_IT_IS, NAMED, find_recipe
+from fastcifar.studies.ablate import Ablation, plan, plan_trainings, removable
+from fastcifar.studies.fields import has_field, read_field
 
 TINY = ["--dataset", "shapes10", "--device", "cpu", "--steps", "4", "--batch-size", "100"]
 STUDY = ["ablate", "mlp", "--without", "dropout", "--vary", "dropout=0,0.2", "--vary", "optim.lr=1e30", "--seeds", "2"]
@@ -106,7 +107,10 @@ def test_another_command_does_not_go_on_with_it(study, capsys):
     folder, _ = study
     assert main([*STUDY, *TINY, "--epochs", "1", "--out", str(folder)]) == 2
     assert main(["ablate", "mlp", "--without", "dropout", "--out", str(folder)]) == 2
-    assert "holds the study of another command" in capsys.readouterr().err
+    assert (
+        "holds the trainings of another study.\n  try: fastcifar ablate mlp --without dropout"
+        in capsys.readouterr().err
+    )
     assert main(["ablate", "mlp", "--without", "dropout", "--out", str(folder / "baseline" / "seed0")]) == 2
     assert "is no study" in capsys.readouterr().err
 
@@ -136,8 +140,9 @@ def test_stopped_it_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: RECIPE"),
-        (["mlp", "cnn4", "--without", "dropout"], "unrecognized arguments: cnn4"),
+        ([], "needs one word before all flags, RECIPE"),
+        (["mlp", "cnn4", "--without", "dropout"], "needs one word before all flags, RECIPE"),
+        (["--epochs", "5", "cnn4", "--without", "dropout"], "RECIPE, not 0.\n  try: fastcifar ablate --help"),
         (["mlp"], "--without PART or --vary"),
         (["nosuch", "--without", "dropout"], "nosuch"),
         (["mlp", "--without", "mix"], "batchnorm, dropout, augmentation, label_smoothing, tta"),
@@ -147,17 +152,20 @@ def test_stopped_it_goes_on(tmp_path):
         (["mlp", "--vary", "dropout=0,,1"], "FIELD=VALUE"),
         (["mlp", "--vary", "dropout=0,2"], "--model.dropout: must be from 0 to 1"),
         (["mlp", "--vary", "dropout=much"], "much"),
-        (["resnet34", "--vary", "dropout=0.1"], "uses no dropout"),
-        (["mlp", "--vary", "model.depth=3"], "model.depth"),
+        (["resnet34", "--vary", "dropout=0.1"], "uses no dropout.\n  try: fastcifar recipes show resnet34"),
+        (["mlp", "--vary", "model.depth=3"], "model.depth.\n  try: fastcifar recipes show mlp"),
+        (["mlp", "--vary", "model.checks=3"], "no field model.checks"),
         (["mlp", "--vary", "steps=3,4"], "steps"),
         (["mlp", "--vary", "optim.lr=1e-3,-1"], "--optim.lr: must be more than 0"),
         (["mlp", "--vary", "optim.lr=fast"], "optim.lr"),
-        (["mlp", "--without", "dropout", "--bogus", "1"], "unrecognized arguments: --bogus 1\n  try: fastcifar train"),
+        (["mlp", "--without", "dropout", "--bogus", "1"], "unrecognized arguments: --bogus 1\n  try: fastcifar ablate"),
         (["mlp", "--without", "dropout", "stray"], "unrecognized arguments: stray"),
         (["mlp", "--without", "dropout", "--seeds", "0"], "--seeds: must be at least 1"),
         (["mlp", "--without", "dropout", "--seeds", "few"], "--seeds"),
         (["mlp", "--without", "dropout", "--seed", "1"], "--seed: cannot be given"),
         (["mlp", "--without", "dropout", "--resume=x"], "--resume: cannot be given"),
+        (["mlp", "--without", "dropout", "--patience", "2"], "--patience: cannot be given"),
+        (["mlp", "--without", "dropout", "--targ", "0.9"], "--target: cannot be given"),
         (["mlp", "--without", "dropout", "--steps", "0"], "--steps"),
     ],
 )
@@ -180,10 +188,17 @@ def test_every_part_of_every_recipe_can_be_taken_away(name, as_reported):
     flags = ["--as_reported"] if as_reported else []
     for part, fields in parts.items():
         without = plan(Ablation(name, [part], [], 1, flags))[1].job.settings
-        assert {field: read(without, field) for field in fields} == fields
+        assert {field: read_field(without, field) for field in fields} == fields
         changed = {field.split(".")[0] for field in fields}
         assert replace(without, **{field: getattr(recipe, field) for field in changed}) == recipe
         assert part not in removable(without)
+
+
+def test_without_augmentation_an_image_is_as_it_is():
+    flags = ["--augment.policy", "randaugment", "--augment.saturation", "0.5", "--augment.hue", "0.1"]
+    for recipe in ("speed", "mlp"):
+        without = plan(Ablation(recipe, ["augmentation"], [], 1, flags))[1].job.settings
+        assert replace(without.augment, border=AS_IT_IS.border) == AS_IT_IS
 
 
 def test_the_short_name_of_dropout_means_those_that_are_used():
@@ -191,6 +206,11 @@ def test_the_short_name_of_dropout_means_those_that_are_used():
     assert flags["cnn2"].words[-1] == "--model.block_dropout=0.25"
     assert flags["cnn4"].words[-1] == "--model.dropout=0.25"
     assert flags["dynamic4"].words[-1] == "--model.dropouts=[0.25, 0.25]"
+
+
+def test_a_method_is_no_field():
+    assert has_field(find_recipe("mlp"), "augment.crop_px")
+    assert not any(has_field(find_recipe("mlp"), name) for name in ("check", "augment.repaints", "model.any_size", ""))
 
 
 def test_a_sweep_alone_trains_no_baseline_and_lists_are_values():

@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastcifar.errors import DeviceError, DivergedError, UsageError, UserError
 from fastcifar.recipes import find_recipe
-from fastcifar.studies.search import Searched, read_search, split_choices
+from fastcifar.studies.fields import split_values
+from fastcifar.studies.search import Searched, read_search
 
 optuna = pytest.importorskip("optuna", reason="pip install 'fastcifar[sweep]'")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat of storage")
@@ -57,6 +59,7 @@ def states(url: str, study: str) -> dict[int, list[str]]:
 def test_choices_and_ranges():
     searched = read_search(
         ["--optim.lr=1e-4..1e-1", "batch-size=16..128", "model.dropout=0..0.5", "optim.name=adam,sgd"],
+        "mlp",
         find_recipe("mlp"),
     )
     assert searched == [
@@ -66,17 +69,19 @@ def test_choices_and_ranges():
         Searched("optim.name", ("adam", "sgd")),
     ]
     assert [one.log for one in searched] == [True, False, False, False]
-    assert split_choices("[64,256],[32,(1,2)],3") == ["[64,256]", "[32,(1,2)]", "3"]
+    assert split_values("[64,256],[32,(1,2)],3") == ["[64,256]", "[32,(1,2)]", "3"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "RECIPE"),
+        (["--search", "optim.lr=1,2"], "RECIPE"),
+        (["--epochs", "2", "mlp", "--search", "optim.lr=1,2"], "RECIPE"),
         (["mlp"], "--search"),
         (["nosuch", "--search", "optim.lr=1,2"], "nosuch"),
         (["mlp", "--search", "optim.lr"], "'optim.lr'"),
         (["mlp", "--search", "optim.speed=1,2"], "optim.speed"),
+        (["mlp", "--search", "optim.slower=1,2"], "no field optim.slower.\n  try: fastcifar recipes show mlp"),
         (["mlp", "--search", "optim.lr=1,"], "optim.lr"),
         (["mlp", "--search", "optim.lr=1,1"], "optim.lr"),
         (["mlp", "--search", "optim.lr=1,2", "optim.lr=3"], "optim.lr"),
@@ -95,14 +100,18 @@ def test_choices_and_ranges():
         (["mlp", "--search", "optim.lr=0.01,0.1", "--seed", "-1"], "--seed"),
         (["mlp", "--search", "optim.lr=0.01,0.1", "--recipe", "cnn4"], "--recipe"),
         (["mlp", "--search", "optim.lr=0.01,0.1", "--resume", "runs/x"], "--resume"),
+        (["mlp", "--search", "optim.lr=0.01,0.1", "--target", "0.9"], "--target: cannot be given"),
+        (["mlp", "--search", "optim.lr=0.01,0.1", "--patience=2"], "--patience: cannot be given"),
+        (["speed", "--search", "optim.warmup=0,0.25", "optim.whiten_bias_until=0.3,0.15"], "whiten_bias_until"),
     ],
 )
 def test_wrong_usage_names_the_flag(words, said, tmp_path, monkeypatch):
     from fastcifar.studies.sweep import run
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+    with pytest.raises(UsageError) as caught:
         run(words)
+    assert said in str(caught.value)
     assert caught.value.hint
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
@@ -134,9 +143,9 @@ grid = [{"x": str(x)} for x in range(24)]
 from fastcifar.studies.search import Searched
 searched = [Searched("x", tuple(point["x"] for point in grid))]
 queue = Queue(sys.argv[1], "q", {"search": "x"}, searched, points=24, grid=grid, method="grid", seed=0)
-while claim := queue.claim():
-    print(claim.point, claim.parameters["x"])
-    queue.complete(claim, claim.point / 24, {"seconds": 1.0})
+while task := queue.claim():
+    print(task.point, task.parameters["x"])
+    queue.complete(task, task.point / 24, {"seconds": 1.0})
 """
 
 
@@ -160,9 +169,9 @@ def open_queue(tmp_path: Path, method: str, points: int = 3):
 
 
 def take(queue):
-    claim = queue.claim()
-    assert claim is not None
-    return claim
+    task = queue.claim()
+    assert task is not None
+    return task
 
 
 @pytest.mark.parametrize("method", ["random", "tpe"])
@@ -187,8 +196,41 @@ def test_a_dead_workers_point_is_tried_again_as_it_was(method, tmp_path, monkeyp
     other.complete(last, 0.7, {"seconds": 1.0})
     assert other.claim() is None
     assert other.running() == 0
+    assert other.is_complete()
     assert [(trial.user_attrs["point"], trial.value) for trial in other.finished()] == [(0, 0.7), (1, 0.5), (2, 0.4)]
     assert take(open_queue(tmp_path, method, points=4)).point == 3, "more --trials go on with a study"
+
+
+def test_fewer_trials_than_were_begun_end_there(tmp_path):
+    many, few = open_queue(tmp_path, "random", points=9), open_queue(tmp_path, "random", points=2)
+    for queue in (many, few):
+        queue.complete(take(queue), 0.5, {"seconds": 1.0})
+    assert few.claim() is None
+    assert few.is_complete()
+    assert not many.is_complete()
+    assert take(many).point == 2
+
+
+def test_a_point_given_back_at_the_last_moment_is_trained(tmp_path, monkeypatch):
+    """Between this worker's look for a free point and its question whether all are complete."""
+    from fastcifar.studies import queue as module
+    from fastcifar.studies import sweep
+
+    monkeypatch.setattr(module, "WAIT_S", 0.0)
+    monkeypatch.setattr(sweep, "run_trial", lambda words, folder: {"val_acc": 0.5, "wall_s": 1.0})
+    queue, other = open_queue(tmp_path, "random", points=1), open_queue(tmp_path, "random", points=1)
+    lost, looks = take(other), []
+
+    def claim():
+        looks.append(found := module.Queue.claim(queue))
+        if len(looks) == 1:
+            other.give_back(lost)
+        return found
+
+    monkeypatch.setattr(queue, "claim", claim)
+    sweep.work(queue, ["--recipe", "mlp"], tmp_path)
+    assert looks[0] is None
+    assert [trial.value for trial in queue.finished()] == [0.5]
 
 
 def test_drawn_points_repeat_for_a_seed(tmp_path):
@@ -203,32 +245,60 @@ def test_drawn_points_repeat_for_a_seed(tmp_path):
 
 @pytest.mark.parametrize("error", [DivergedError("nan"), DeviceError("Out of memory")])
 def test_what_diverges_counts_and_is_not_repeated(error, tmp_path, monkeypatch):
-    from fastcifar.studies import sweep, trial
+    from fastcifar.studies import sweep
 
     def fail(words, folder):
         raise error
 
-    monkeypatch.setattr(trial, "run_trial", fail)
+    monkeypatch.setattr(sweep, "run_trial", fail)
     queue = open_queue(tmp_path, "tpe", points=1)
-    sweep.train_point(queue, take(queue), [], tmp_path)
+    sweep.train_point(queue, take(queue), ["--recipe", "mlp"], tmp_path)
     assert [(one.value, one.user_attrs["failed"]) for one in queue.finished()] == [(0.0, error.message)]
     assert queue.claim() is None
 
 
+def test_values_that_do_not_go_together_count_as_failed(tmp_path):
+    """As drawn from two ranges of which each end is fine by itself."""
+    from fastcifar.studies import sweep
+
+    queue = open_queue(tmp_path, "random", points=1)
+    task = replace(take(queue), parameters={"optim.warmup": "0.25", "optim.whiten_bias_until": "0.15"})
+    sweep.train_point(queue, task, ["--recipe", "speed"], tmp_path)
+    assert "--optim.whiten_bias_until" in queue.finished()[0].user_attrs["failed"]
+
+
+@pytest.mark.parametrize(("second", "code"), [(DeviceError("large", "--batch_size 8"), 5), (DivergedError("nan"), 4)])
+def test_if_all_failed_the_exit_code_says_how(second, code, tmp_path, monkeypatch):
+    from fastcifar.studies import sweep
+
+    errors = [DeviceError("large", "--batch_size 8"), second]
+
+    def fail(words, folder):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(sweep, "run_trial", fail)
+    queue, words = open_queue(tmp_path, "random", points=2), ["--recipe", "mlp"]
+    sweep.work(queue, words, tmp_path)
+    searched = read_search(["optim.lr=1e-4..1e-1", "batch_size=16..4096"], "mlp", find_recipe("mlp"))
+    error = sweep.name_failure(sweep.write_report(queue, "q", words, searched, "random", tmp_path), tmp_path)
+    assert (error.exit_code, error.hint) == (code, "--batch_size 8")
+    assert (tmp_path / "sweep.md").read_text().count("| failed |") == 2
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no such data"), RuntimeError("killed")])
 def test_what_is_stopped_is_free_again_at_once(error, tmp_path, monkeypatch):
-    from fastcifar.studies import sweep, trial
+    from fastcifar.studies import sweep
 
     def fail(words, folder):
         raise error
 
-    monkeypatch.setattr(trial, "run_trial", fail)
+    monkeypatch.setattr(sweep, "run_trial", fail)
     queue = open_queue(tmp_path, "tpe", points=1)
-    claim = take(queue)
+    task = take(queue)
     with pytest.raises(type(error)):
-        sweep.train_point(queue, claim, [], tmp_path)
+        sweep.train_point(queue, task, ["--recipe", "mlp"], tmp_path)
     again = take(queue)
-    assert (again.point, again.parameters) == (0, claim.parameters)
+    assert (again.point, again.parameters) == (0, task.parameters)
 
 
 # Whole sweeps
@@ -251,7 +321,7 @@ def test_two_workers_on_sqlite_draw_exactly_n(tmp_path):
     result = json.loads((out / f"trial-{best['point']:05d}" / "result.json").read_text())
     assert best["val_acc"] == result["val_acc"]
     assert report["command"].startswith("fastcifar train --recipe mlp --steps 10 --dataset shapes10")
-    assert f"--optim.lr {best['parameters']['optim.lr']}" in report["command"]
+    assert f"--optim.lr={best['parameters']['optim.lr']}" in report["command"]
     assert (out / "sweep.md").read_text().count("trial-0") >= 3
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     other = sweep("mlp", "--search", "optim.lr=0.1,0.2", "--out", str(out), *WORDS)

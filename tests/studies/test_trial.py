@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from fastcifar.errors import DivergedError, UserError
+from fastcifar.errors import DeviceError, DivergedError, UserError
+from fastcifar.studies import trial
 from fastcifar.studies.trial import run_trial
 
 WORDS = ["--recipe", "mlp", "--dataset", "shapes10", "--device", "cpu", "--steps", "4", "--batch_size", "100"]
@@ -29,6 +30,30 @@ def test_errors_keep_their_kind_and_text(tmp_path):
     assert caught.value.hint.startswith("--batch_size ")
     with pytest.raises(DivergedError):
         run_trial([*WORDS, "--optim.lr", "1e30", "--steps", "20"], tmp_path / "diverged")
+
+
+def test_killed_it_is_probably_for_want_of_memory(tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(DeviceError, match="want of memory") as caught:
+        run_trial(WORDS, tmp_path / "run")
+    assert caught.value.hint == "--batch_size 50"
+
+
+def test_a_bug_says_what_to_type_to_see_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="exit code 1 of: fastcifar train --recipe mlp"):
+        run_trial(WORDS, tmp_path / "run")
+
+
+def test_what_does_not_end_by_itself_is_ended(monkeypatch):
+    """As after a SIGINT to the study alone."""
+    monkeypatch.setattr(trial, "MOMENT_S", 0.1)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        trial.stop(process)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_stopped_gently_it_leaves_a_checkpoint_and_goes_on(tmp_path):

@@ -128,11 +128,30 @@ def test_running_out_of_memory_ends_it(small_cifar, tmp_path, monkeypatch):
         tune.run(words)
 
 
+def test_out_of_memory_in_a_range_test_is_named(small_cifar, tmp_path, monkeypatch):
+    def measure(job, setup, display):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(tune_lr, "measure", measure)
+    with pytest.raises(DeviceError, match="batches of 64"):
+        tune.run(["lr", *WORDS, "--data", str(small_cifar), "--out", str(tmp_path / "run")])
+
+
+def test_a_folder_that_will_not_do_is_refused_before_measuring(small_cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_lr, "measure", None)
+    (tmp_path / "tune.json").write_text("{}")
+    for out in (tmp_path, tmp_path / "tune.json"):
+        with pytest.raises(UsageError, match="--out"):
+            tune.run(["lr", *WORDS, "--data", str(small_cifar), "--out", str(out)])
+    assert (tmp_path / "tune.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "lr|batch"),
         (["momentum"], "momentum"),
+        (["--recipe", "cnn4", "lr"], "lr|batch, not 0.\n  try: fastcifar tune --help"),
         (["lr", "--bogus", "1"], "--bogus"),
         (["lr", "--recipe", "nosuch"], "nosuch"),
         (["batch", "--batch_size", "0"], "batch_size"),
@@ -156,4 +175,4 @@ def test_a_batch_larger_than_the_set_ends_with_2(small_cifar, tmp_path):
     assert done.returncode == 2
     assert "--batch_size: 3000" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("runs/*"))
