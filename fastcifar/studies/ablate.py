@@ -126,7 +126,10 @@ def ablate(asked: Ablation, out: Path | None, display: Display) -> dict:
     report = describe(asked, variants, path, outcomes)
     headings, rows = tabulate(report)
     write_json(path / "ablation.json", report)
-    write_atomically(path / "ablation.md", f"{title(report)}\n\n{markdown(headings, rows)}\n\n{CAPTION}\n".encode())
+    write_atomically(
+        path / "ablation.md",
+        f"{title(report)}, {report['machine']}\n\n{markdown(headings, rows)}\n\n{CAPTION}\n".encode(),
+    )
     write_atomically(path / "ablation.png", draw(report))
     print_columns(headings, rows)
     print(f"\n{CAPTION}\n{path / 'ablation.png'}")
@@ -297,7 +300,7 @@ def describe(asked: Ablation, variants: list[Variant], path: Path, outcomes: dic
 
 def title(report: dict) -> str:
     way = " as reported" if report["as_reported"] else ""
-    return f"Recipe {report['recipe']}{way}, {report['dataset'] or 'nothing trained'}, {report['machine']}"
+    return f"Recipe {report['recipe']}{way}, {report['dataset'] or 'nothing trained'}"
 
 
 def tabulate(report: dict) -> tuple[list[str], list[list[str]]]:
@@ -331,14 +334,17 @@ def draw(report: dict) -> bytes:
     panels = {name: ordered([e for e in report["variants"] if e["question"] == name]) for name in questions}
     widths = [max(3.2, 1.2 + 0.8 * len(entries)) for entries in panels.values()]
     with rc_context({"font.family": "sans-serif", "font.size": 9, "axes.edgecolor": "#8c959f", "text.color": INK}):
-        figure = Figure(figsize=(sum(widths) + 0.6, 3.8), layout="constrained")
+        width = max(4.8, sum(widths) + 0.6)
+        figure = Figure(figsize=(width, 4.2), layout="constrained")
         row = figure.subplots(1, len(panels), squeeze=False, sharey=True, width_ratios=widths)[0]
         for axes, (question, entries) in zip(row, panels.items(), strict=True):
             draw_panel(axes, question, entries)
         row[0].set_ylabel("accuracy, %")
         legend = {label: mark for axes in row for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower left", ncols=3)
-        figure.suptitle(title(report), x=0.01, ha="left", fontsize=10)
+        figure.legend(
+            legend.values(), legend.keys(), frameon=False, loc="outside lower left", ncols=3 if width > 6 else 1
+        )
+        figure.suptitle(f"{title(report)}\n{report['machine']}", x=0.01, ha="left", fontsize=9)
         return png(figure)
 
 

@@ -139,7 +139,8 @@ def sources(outcomes: Sequence[dict]) -> dict[str, str | None]:
     """Where the outcomes come from; several of a kind, if the study was gone on with elsewhere. The machine is this."""
     keys = ("dataset", "device", "torch", "commit")
     found = {key: sorted({str(outcome[key]) for outcome in outcomes if outcome.get(key)}) for key in keys}
-    machine = f"{processor()}, {physical_cores()} cores"
+    cores = physical_cores()
+    machine = f"{processor()}, {cores} {'core' if cores == 1 else 'cores'}"
     return {key: ", ".join(values) or None for key, values in found.items()} | {"machine": machine}
 
 
