@@ -25,7 +25,7 @@ from fastcifar.loaders.feed import LOADERS, open_feed
 from fastcifar.loaders.loader import Loader
 from fastcifar.process import physical_cores
 from fastcifar.recipes import find_recipe
-from fastcifar.report import processor
+from fastcifar.report import png, processor
 from fastcifar.result import installed
 from fastcifar.run import source_commit, write_atomically
 from fastcifar.setup import Setup, resize, set_up
@@ -180,7 +180,6 @@ def table(report: dict) -> Iterator[str]:
 
 def draw_chart(report: dict) -> bytes:
     """A bar for each loader and number of workers, on a logarithmic scale, as PNG."""
-    import io
 
     from matplotlib.figure import Figure
 
@@ -203,7 +202,4 @@ def draw_chart(report: dict) -> bytes:
     axes.set_xlim(step / 2, copy * 4)
     axes.invert_yaxis()
     axes.set_xlabel(f"images a second, {report['dataset']}, batches of {report['batch_size']}, {report['machine']}")
-    axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return png(figure)
