@@ -23,9 +23,9 @@ from fastcifar.errors import UsageError, UserError
 from fastcifar.job import Job
 from fastcifar.loaders.feed import LOADERS, open_feed
 from fastcifar.loaders.loader import Loader
-from fastcifar.process import physical_cores
+from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import find_recipe
-from fastcifar.report import png, processor
+from fastcifar.report import png
 from fastcifar.result import installed
 from fastcifar.run import source_commit, write_atomically
 from fastcifar.setup import Setup, resize, set_up
