@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcifar.models.conv import Conv2d, compute_dtype
 from fastcifar_kernels import aggregate_weights, bn_relu_weighted_sum, scaled_copies, weighted_sum
 
 Squash = Literal["softmax", "sigmoid", "raw"]
@@ -88,7 +89,7 @@ class DynamicConv2d(nn.Module):
         self.chosen: Form = "outputs"
         self.gate = Gate(channels_in, experts, hidden, squash, temperature)
         filters = experts * channels_out
-        self.conv = nn.Conv2d(channels_in, filters, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.conv = Conv2d(channels_in, filters, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(filters) if norm else None
         self.shortcut: nn.Module | None = None
         if residual and channels_in == channels_out and stride == 1:
@@ -137,12 +138,6 @@ class DynamicConv2d(nn.Module):
             w_OKCHW = w_KOCHW.transpose(0, 1).flatten(1, 2)
             out_NOHW = F.conv2d(scaled_copies(x_NCHW, coef_NK).flatten(1, 2), w_OKCHW, **how)
         return out_NOHW if residual_NOHW is None else out_NOHW + residual_NOHW
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a convolution of `x` computes in: autocast's type where that is on, else that of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # The choice by measurement

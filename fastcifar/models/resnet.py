@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastcifar.data.download import import_torchvision
 from fastcifar.errors import DataError
+from fastcifar.models.conv import use_conv2d
 
 FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 IMAGENET = "imagenet"
@@ -29,7 +30,7 @@ def build_resnet34(classes: int, weights: str = "") -> nn.Module:
     import_torchvision()
     from torchvision.models import resnet34
 
-    model = resnet34(num_classes=classes)
+    model = use_conv2d(resnet34(num_classes=classes))
     if weights:
         read = download() if weights == IMAGENET else load(Path(weights))
         refuse_other(read, weights)

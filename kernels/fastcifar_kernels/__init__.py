@@ -9,10 +9,11 @@
 and, for plain convnets,
 
     bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map, in one pass on a CPU
+    conv_matmul              a 3x3 convolution as matrix products, for many filters on small maps on a CPU
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
 tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
-in Triton's interpreter. `bn_relu_pool` has no Triton kernel: beyond the CPU it is plain torch.
+in Triton's interpreter. The last two have no Triton kernel: beyond the CPU they are plain torch.
 `python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
@@ -23,6 +24,7 @@ from fastcifar_kernels.aggregate_weights import aggregate_weights
 from fastcifar_kernels.batch_statistics import batch_statistics
 from fastcifar_kernels.bn_relu_pool import bn_relu_pool
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum
+from fastcifar_kernels.conv_matmul import conv_matmul
 from fastcifar_kernels.scaled_copies import scaled_copies
 from fastcifar_kernels.weighted_sum import weighted_sum
 
@@ -31,6 +33,7 @@ __all__ = [
     "batch_statistics",
     "bn_relu_pool",
     "bn_relu_weighted_sum",
+    "conv_matmul",
     "scaled_copies",
     "weighted_sum",
 ]
