@@ -221,16 +221,19 @@ class ClassicOptim:
     """One of torch's optimizers for all weights, and a schedule of its learning rate.
 
     Args:
-        name: adam (weight decay added to the gradient), adamw (weights shrunk directly) or sgd.
+        name: adam (weight decay added to the gradient), adamw (weights shrunk directly), sgd, or muon for the filters
+            of convolutions and adamw for everything else.
         lr: peak learning rate, for a loss that is the mean over the batch.
-        momentum: of sgd; `nesterov` looks ahead.
+        muon_lr: the same of muon, relative to filters of norm sqrt(count).
+        momentum: of sgd and muon; `nesterov` looks ahead in sgd, muon always does.
         schedule: constant; one-cycle (a line up until `warmup`, then one down to 0); cosine (half a wave down to 0); or
             step (a tenth after each `step` of the progress).
         clip_norm: longest allowed gradient, over all weights; 0 is off.
     """
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "muon"] = "adam"
     lr: float = 1e-3
+    muon_lr: float = 0.24
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 0.0
@@ -242,6 +245,7 @@ class ClassicOptim:
 
     def checks(self) -> Iterator[Check]:
         yield "lr", "more than 0", self.lr > 0
+        yield "muon_lr", "more than 0", self.muon_lr > 0
         yield "momentum", "above 0 and below 1", 0 < self.momentum < 1
         yield "weight_decay", "not negative", self.weight_decay >= 0
         yield "warmup", "from 0 to below 1", 0 <= self.warmup < 1
@@ -250,7 +254,8 @@ class ClassicOptim:
 
     def slower(self) -> str:
         """Flags to try when a training has diverged."""
-        return f"--optim.lr {self.lr / 2:g}"
+        muon = f" --optim.muon_lr {self.muon_lr / 2:g}" if self.name == "muon" else ""
+        return f"--optim.lr {self.lr / 2:g}{muon}"
 
 
 Optim = SpeedOptim | ClassicOptim

@@ -175,10 +175,11 @@ def train_step(
         logits_BK = setup.forward(x_BCHW).float()
     loss = F.cross_entropy(logits_BK, target, label_smoothing=recipe.label_smoothing, reduction="sum")
     scaler.scale(loss if recipe.optim.sums_loss else loss / len(y_B)).backward()
-    for optimizer in setup.optimizers:
-        if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
+    if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
+        for optimizer in setup.optimizers:
             scaler.unscale_(optimizer)
-            clip_grad_norm_(setup.model.parameters(), recipe.optim.clip_norm)
+        clip_grad_norm_(setup.model.parameters(), recipe.optim.clip_norm)
+    for optimizer in setup.optimizers:
         scaler.step(optimizer)
     scaler.update()
     setup.model.zero_grad(set_to_none=True)

@@ -34,10 +34,16 @@ def orthogonalize(g_OD: Tensor, steps: int) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, on filters that are brought back to norm sqrt(O) before every step."""
+    """Nesterov momentum, orthogonalised, on filters that are brought back to norm sqrt(O) before every step.
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, newton_schulz_steps: int = 3):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "newton_schulz_steps": newton_schulz_steps})
+    A parameter group may say of how many `experts` each of its weights is a stack; each is treated as one of its own.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor] | Iterable[dict], lr: float, momentum: float, newton_schulz_steps: int = 3
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "newton_schulz_steps": newton_schulz_steps, "experts": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -49,7 +55,8 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
-                g_OD = weight.grad.add(velocity, alpha=group["momentum"]).flatten(1)
-                update = orthogonalize(g_OD, group["newton_schulz_steps"]).view_as(weight)
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.add_(update, alpha=-group["lr"])
+                g = weight.grad.add(velocity, alpha=group["momentum"])
+                for own, own_g in zip(weight.chunk(group["experts"]), g.chunk(group["experts"]), strict=True):
+                    update = orthogonalize(own_g.flatten(1), group["newton_schulz_steps"]).view_as(own)
+                    own.mul_(len(own) ** 0.5 / own.norm())
+                    own.add_(update, alpha=-group["lr"])

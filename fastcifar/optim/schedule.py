@@ -9,6 +9,7 @@ import math
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastcifar.models.dynamic import DynamicConv2d
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.muon import Muon
 from fastcifar.settings import ClassicOptim, Optim, SpeedOptim
@@ -44,11 +45,23 @@ def build_optimizers(model: nn.Module, optim: Optim, batch_size: int) -> list[Op
 
 
 def classic(model: nn.Module, optim: ClassicOptim) -> list[Optimizer]:
-    """The one for all weights."""
+    """The one for all weights; with muon two, as it is for filters alone."""
     options = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+    if optim.name == "muon":
+        groups = stacks(model)
+        filters = {weight for group in groups for weight in group["params"]}
+        rest = [weight for weight in model.parameters() if weight not in filters]
+        return [Muon(groups, optim.muon_lr, optim.momentum), AdamW(rest, **options)]
     if optim.name == "sgd":
         return [SGD(model.parameters(), momentum=optim.momentum, nesterov=optim.nesterov, **options)]
     return [{"adam": Adam, "adamw": AdamW}[optim.name](model.parameters(), **options)]
+
+
+def stacks(model: nn.Module) -> list[dict]:
+    """The filters of all convolutions as parameter groups, each saying of how many experts it is a stack."""
+    experts = {part.conv.weight: part.split[0] for part in model.modules() if isinstance(part, DynamicConv2d)}
+    filters = [part.weight for part in model.modules() if isinstance(part, nn.Conv2d)]
+    return [{"params": [weight], "experts": experts.get(weight, 1)} for weight in filters]
 
 
 def speed(model: nn.Module, optim: SpeedOptim, batch_size: int) -> list[Optimizer]:

@@ -3,8 +3,8 @@
 Every pixel becomes a row of its 3 x 3 neighbours' channels, and the filters a matrix that all rows are multiplied with.
 oneDNN's convolution, in bfloat16 on a CPU with AMX, reads all filters anew for every image. Where they outgrow a core's
 L2 cache and an image has few pixels to use them on, it waits for memory: 500 images of 256 channels, 5 x 5 pixels, to
-1,024 channels took it 61 ms forward, 68 and 162 ms for the two gradients, and matrix products 31, 40 and 57 ms (2 cores,
-59 GFLOP each; LOG.md, "Small maps").
+1,024 channels took it 61 ms forward, 68 and 162 ms for the two gradients, matrix products 31, 40 and 57 ms (59 GFLOP
+each, 2 cores; `bench/small_maps.py`).
 
 Matrix products, in blocks of images whose rows take at most ROWS_BYTES: out = rows @ w, grad of w = grad.T @ rows,
 grad of rows = grad @ w.T; a loop then sums for every pixel what nine rows hold for it.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcifar_kernels.layout import check_dtype, check_values
+from fastcifar_kernels.layout import check_companion, check_values
 from fastcifar_kernels.loops import as_array, narrow, widen
 
 ROWS_BYTES = 64 * 2**20  # larger blocks were no faster, and of 4 MiB a quarter slower
@@ -48,14 +48,7 @@ def conv_matmul(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
         ValueError: shapes, types or devices do not belong together.
     """
     check_values("x_NCHW", x_NCHW, 4)
-    check_dtype("w_OCHW", w_OCHW.dtype)
-    if w_OCHW.dim() != 4 or tuple(w_OCHW.shape[1:]) != (x_NCHW.size(1), 3, 3):
-        raise ValueError(
-            f"w_OCHW must have shape (O, {x_NCHW.size(1)}, 3, 3) beside x_NCHW of shape {tuple(x_NCHW.shape)}, "
-            f"has {tuple(w_OCHW.shape)}."
-        )
-    if w_OCHW.device != x_NCHW.device:
-        raise ValueError(f"w_OCHW is on {w_OCHW.device}, x_NCHW is on {x_NCHW.device}: move one of them.")
+    check_companion("w_OCHW", w_OCHW, (*w_OCHW.shape[:1], x_NCHW.size(1), 3, 3), "x_NCHW", x_NCHW)
     if x_NCHW.device.type != "cpu" or x_NCHW.dtype == torch.float16 or not x_NCHW.numel() or not w_OCHW.numel():
         return conv_matmul_reference(x_NCHW, w_OCHW)
     return _conv_matmul(x_NCHW, w_OCHW)
@@ -109,7 +102,7 @@ def _sum_neighbours(rows_NHWIJC, out_NHWC):  # pragma: no cover
 @torch.library.custom_op("fastcifar_kernels::conv_matmul", mutates_args=())
 def _conv_matmul(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
     x_NHWC, w_OD = _pixels(x_NCHW), _matrix(w_OCHW, x_NCHW.dtype)
-    out_NHWO = x_NHWC.new_empty((*x_NHWC.shape[:3], len(w_OD)))
+    out_NHWO = torch.empty((*x_NHWC.shape[:3], len(w_OD)), dtype=x_NCHW.dtype)
     for block in _blocks(x_NHWC):
         torch.mm(_rows(x_NHWC[block]), w_OD.T, out=out_NHWO[block].view(-1, len(w_OD)))
     return out_NHWO.permute(0, 3, 1, 2)
@@ -119,17 +112,15 @@ def _conv_matmul(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
 def _conv_matmul_backward(x_NCHW: Tensor, w_OCHW: Tensor, grad_NOHW: Tensor, to_input: bool) -> tuple[Tensor, Tensor]:
     """The gradients of x, which is nothing of use unless asked for, and w."""
     x_NHWC, grad_NHWO, w_OD = _pixels(x_NCHW), _pixels(grad_NOHW), _matrix(w_OCHW, x_NCHW.dtype)
-    grad_x_NHWC, grad_w_OD = torch.empty_like(x_NHWC), torch.zeros_like(w_OD, dtype=torch.float32)
+    grad_x_NHWC, grad_w_OD = torch.empty(x_NHWC.shape, dtype=x_NCHW.dtype), torch.zeros(w_OD.shape)
     for block in _blocks(x_NHWC):
         grad_PO = grad_NHWO[block].flatten(0, 2)
         grad_w_OD += grad_PO.T @ _rows(x_NHWC[block])
         if to_input:
             rows_NHWIJC = (grad_PO @ w_OD).view(*x_NHWC[block].shape[:3], 3, 3, -1)
             _sum_neighbours(as_array(rows_NHWIJC), as_array(grad_x_NHWC[block]))
-    o, c, h, w = w_OCHW.shape
-    grad_w_OCHW = torch.empty_like(w_OCHW)
-    grad_w_OCHW.copy_(grad_w_OD.view(o, h, w, c).permute(0, 3, 1, 2))
-    return grad_x_NHWC.permute(0, 3, 1, 2), grad_w_OCHW
+    grad_w_OHWC = grad_w_OD.to(w_OCHW.dtype).view(len(w_OD), 3, 3, -1)
+    return grad_x_NHWC.permute(0, 3, 1, 2), grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 @_conv_matmul.register_fake
@@ -141,7 +132,8 @@ def _(x_NCHW, w_OCHW):
 @_conv_matmul_backward.register_fake
 def _(x_NCHW, w_OCHW, grad_NOHW, to_input):
     n, c, h, w = x_NCHW.shape
-    return x_NCHW.new_empty((n, h, w, c)).permute(0, 3, 1, 2), torch.empty_like(w_OCHW)
+    grad_w_OHWC = w_OCHW.new_empty((len(w_OCHW), 3, 3, c))
+    return x_NCHW.new_empty((n, h, w, c)).permute(0, 3, 1, 2), grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:

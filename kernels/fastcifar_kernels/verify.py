@@ -33,6 +33,7 @@ from fastcifar_kernels import (
     batch_statistics,
     bn_relu_pool,
     bn_relu_weighted_sum,
+    conv_matmul,
     scaled_copies,
     tiles,
     weighted_sum,
@@ -41,11 +42,13 @@ from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
 from fastcifar_kernels.batch_statistics import batch_statistics_reference
 from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
+from fastcifar_kernels.conv_matmul import conv_matmul_reference
 from fastcifar_kernels.guarded import guarding
 from fastcifar_kernels.scaled_copies import scaled_copies_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OF_THE_CPU = ("bn_relu_pool", "conv_matmul")  # without a Triton kernel
 SHAKES = 4
 POOL_VARIANTS = {
     "": {},
@@ -61,6 +64,7 @@ POOL_VARIANTS = {
 }
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
+products = sys.modules["fastcifar_kernels.conv_matmul"]
 statistics = sys.modules["fastcifar_kernels.batch_statistics"]
 
 # N, K, C, H, W: ragged everywhere, single samples and experts, channels below, at and above a block.
@@ -174,6 +178,16 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
             call = partial(call_pool, how=how)
             yield Case("bn_relu_pool", shape, variant, given | ({} if "slope" in how else norm), typed, call)
 
+        filters = min(c, 16) + 1
+        x_NCHW, w_OCHW, grad_NOHW = normal(n, c, h, w), normal(filters, c, 3, 3), normal(n, filters, h, w)
+        plain = {"x": x_NCHW, "w": w_OCHW, "grad": grad_NOHW}
+        lying = {name: t.contiguous(memory_format=torch.channels_last) for name, t in plain.items()}
+        yield Case("conv_matmul", shape, "", lying, typed, call_conv_matmul)
+        yield Case("conv_matmul", shape, "gaps", lying, typed, call_conv_matmul)
+        yield Case("conv_matmul", shape, "NCHW", plain, typed, call_conv_matmul)
+        masters = lying | {"w": w_OCHW.float()}
+        yield Case("conv_matmul", shape, "float32 filters", masters, ("x", "grad"), call_conv_matmul)
+
     side = min(h, 3)
     w_KOIHW = normal(k, c, min(c, 8) + 1, side, side)
     lying = w_KOIHW.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
@@ -229,6 +243,11 @@ def call_pool(which: str, tensors: dict[str, Tensor], how: dict) -> tuple[Tensor
         return function(tensors["x"], *norm, *running, **how), *running
     with dropping_the_same(tensors["x"], how["dropout"]):
         return function(tensors["x"], *norm, *running, **how), *running
+
+
+def call_conv_matmul(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    function = {"kernel": conv_matmul, "reference": conv_matmul_reference}[which]
+    return (function(tensors["x"], tensors["w"]),)
 
 
 @contextmanager
@@ -380,6 +399,7 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(tiles, "PROGRAMS", programs),
         mock.patch.object(aggregation, "PROGRAMS", programs),
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
+        mock.patch.object(products, "ROWS_BYTES", 1),  # one image at a time
     ):
         yield
 
@@ -405,7 +425,7 @@ def main(words: list[str] | None = None) -> int:
     """Verify everything that this machine can run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
-    names.append("bn_relu_pool")  # on a CPU
+    names += OF_THE_CPU
     parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
     ops = parser.parse_args(words).op
     if knobs.runtime.interpret:
@@ -415,7 +435,7 @@ def main(words: list[str] | None = None) -> int:
         title = f"Triton kernels on {gpu.name}, sm_{gpu.major}{gpu.minor}:"
         return not report(title, verify("cuda", LARGE, ops))
     passed = report("numba loops for CPU tensors:", verify("cpu", MEDIUM, ops))
-    if ops == ["bn_relu_pool"]:  # it has no Triton kernel
+    if ops and not {*ops} - {*OF_THE_CPU}:
         return not passed
     command = [sys.executable, "-m", "fastcifar_kernels.verify", *(["--op", *ops] if ops else [])]
     interpreted = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)

@@ -4,7 +4,7 @@ Each is (name, file, old text, new text, operator): the old text occurs once in 
 """
 
 WS, SC, BS = "weighted_sum", "scaled_copies", "batch_statistics"
-BN, AW, BP = "bn_relu_weighted_sum", "aggregate_weights", "bn_relu_pool"
+BN, AW, BP, CM = "bn_relu_weighted_sum", "aggregate_weights", "bn_relu_pool", "conv_matmul"
 
 TRITON = (
     # How work is cut into programs and tiles
@@ -161,4 +161,13 @@ NUMBA = (
     ("CPU: gradient of the statistics in eval mode", "bn_relu_pool.py", "    if use_batch:\n        level_C",
      "    if True:\n        level_C", BP),
     ("CPU: pooling gradient of weight not divided", "bn_relu_pool.py", "        grad_affine_2C[1] *= rstd_C\n", "", BP),
+    # conv_matmul, likewise
+    ("numba: lower neighbours forgotten", "conv_matmul.py", "min(3, y + 2)", "min(2, y + 2)", CM),
+    ("numba: reading above the image", "conv_matmul.py", "max(0, y + 2 - height)", "0", CM),
+    ("numba: neighbours mirrored", "conv_matmul.py", "x + 1 - j, i, j, c]", "x + 1 - j, i, 2 - j, c]", CM),
+    ("numba: sum not begun anew", "conv_matmul.py", "                sum_C[:] = 0\n", "", CM),
+    ("CPU: rows padded on one side", "conv_matmul.py", "(0, 0, 1, 1, 1, 1)", "(0, 0, 0, 2, 1, 1)", CM),
+    ("CPU: gradient of the last block alone", "conv_matmul.py", "grad_w_OD += grad_PO", "grad_w_OD = grad_PO", CM),
+    ("CPU: every block written to the last", "conv_matmul.py",
+     "out=out_NHWO[block].view", "out=out_NHWO[block.start - block.stop :].view", CM),
 )  # fmt: skip

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, scaled_copies, weighted_sum
+from fastcifar_kernels import (
+    aggregate_weights,
+    batch_statistics,
+    bn_relu_weighted_sum,
+    conv_matmul,
+    scaled_copies,
+    weighted_sum,
+)
 
 N, K, C, H, W = 2, 4, 8, 3, 5
 HUGE = 2**31
@@ -31,6 +38,8 @@ def arguments(operator) -> dict[str, Any]:
     y_NKCHW, coef_NK = experts(N, K, C, H, W), normal(N, K)
     if operator is scaled_copies:
         return {"x_NCHW": normal(N, C, H, W), "coef_NK": coef_NK}
+    if operator is conv_matmul:
+        return {"x_NCHW": normal(N, C, H, W), "w_OCHW": normal(6, C, 3, 3)}
     if operator is aggregate_weights:
         return {"w_KOIHW": normal(K, C, 6, 3, 3), "coef_NK": coef_NK}
     if operator is batch_statistics:
@@ -42,8 +51,9 @@ def arguments(operator) -> dict[str, Any]:
     return maps | {"weight_KC": normal(K, C), "bias_KC": normal(K, C)} | running
 
 
-EVERY = [(op, name) for op in (weighted_sum, bn_relu_weighted_sum, aggregate_weights, scaled_copies, batch_statistics)
-         for name in arguments(op)]  # fmt: skip
+OPERATORS = weighted_sum, bn_relu_weighted_sum, aggregate_weights, scaled_copies, batch_statistics, conv_matmul
+EVERY = [(op, name) for op in OPERATORS for name in arguments(op)]
+FREE = ("coef_NK", 0, aggregate_weights), ("coef_NK", 1, scaled_copies), ("w_OCHW", 0, conv_matmul)
 BESIDE = [(op, name) for op, name in EVERY if name not in ("y_NKCHW", "w_KOIHW", "x_NCHW")]
 
 
@@ -65,7 +75,7 @@ def test_the_examples_below_are_fine_but_for_one_thing(operator):
 
 @pytest.mark.parametrize(("operator", "name", "dim"), [
     (op, name, dim) for op, name in BESIDE for dim in range({"residual_NCHW": 4}.get(name, 2))
-    if (name, dim, op) not in (("coef_NK", 0, aggregate_weights), ("coef_NK", 1, scaled_copies))  # these are free
+    if (name, dim, op) not in FREE  # these are free
 ], ids=named)  # fmt: skip
 def test_a_size_that_does_not_match_is_refused_with_both_shapes(operator, name, dim):
     given = arguments(operator)
@@ -182,7 +192,7 @@ def leaves(given: dict[str, Any]) -> dict[str, Any]:
     return {name: t.clone().requires_grad_(not name.startswith("running")) for name, t in given.items()}
 
 
-@pytest.mark.parametrize("operator", [weighted_sum, bn_relu_weighted_sum, aggregate_weights, scaled_copies], ids=named)
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if op is not batch_statistics], ids=named)
 def test_an_empty_batch_gives_nothing_and_gradients_of_zero(operator):
     per_sample = ("y_NKCHW", "x_NCHW", "coef_NK", "residual_NCHW")
     given = leaves({name: t[:0] if name in per_sample else t for name, t in arguments(operator).items()})

@@ -59,6 +59,7 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
     w_KOIHW, filters_NOIHW = normal(k, c, 5, 3, 3), normal(n, c, 5, 3, 3, dtype=dtype)
     lying_KOIHW = normal(k, c, 3, 3, 5).permute(0, 1, 4, 2, 3)
     row_norm, seed_2 = [tensor[0] for tensor in norm], torch.tensor([3, 2**32 - 1])
+    w_OCHW, out_NOHW = normal(6, c, 3, 3), pixels(n, 6, h, w, dtype=dtype)
     halved_NCHW = pixels(n, c, h // 2, w // 2, seed=8, dtype=dtype)
     return {
         "weighted_sum": [(y_NKCHW, coef_NK, None), (y_NKCHW, coef_NK, map_NCHW), (y_NKCHW[:0], coef_NK[:0], None)],
@@ -81,6 +82,8 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
             (map_NCHW, *row_norm, seed_2, halved_NCHW, 0.1, 0.5, True, 1e-5, True, True),
             (map_NCHW.contiguous(), *row_norm, seed_2, grad_NCHW, 0.0, 0.0, False, 1e-5, False, False),
         ],
+        "conv_matmul": [(map_NCHW, w_OCHW), (map_NCHW.contiguous(), w_OCHW.to(dtype))],
+        "conv_matmul_backward": [(map_NCHW, w_OCHW, out_NOHW, True), (map_NCHW, w_OCHW.to(dtype), out_NOHW, False)],
         "aggregate_weights": [(w_KOIHW.to(dtype), coef_NK, dtype), (lying_KOIHW, coef_NK, dtype)],
         "aggregate_weights_backward": [(w_KOIHW, coef_NK, filters_NOIHW), (lying_KOIHW, coef_NK, filters_NOIHW)],
     }

@@ -29,6 +29,18 @@ def test_iteration_is_the_quintic_on_singular_values():
     assert (orthogonalize(g_OD, 3).double() - expected).norm() / expected.norm() < 0.02
 
 
+def test_each_expert_of_a_stack_learns_as_if_alone():
+    generator = torch.Generator().manual_seed(3)
+    stack = torch.nn.Parameter(torch.randn(3 * 8, 4, 3, 3, generator=generator))
+    alone = [torch.nn.Parameter(own.clone()) for own in stack.detach().chunk(3)]
+    stack.grad = torch.randn(stack.shape, generator=generator)
+    for own, grad in zip(alone, stack.grad.chunk(3), strict=True):
+        own.grad = grad.clone()
+    Muon([{"params": [stack], "experts": 3}], lr=0.1, momentum=0.6).step()
+    Muon(alone, lr=0.1, momentum=0.6).step()
+    torch.testing.assert_close(stack.detach(), torch.cat([own.detach() for own in alone]))
+
+
 def test_zero_gradient_moves_nothing():
     assert orthogonalize(torch.zeros(4, 9), 3).abs().max() == 0
 

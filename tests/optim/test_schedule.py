@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastcifar.models.dynamicnet import build_dynamicnet
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers, lr_share, one_cycle, set_learning_rates
 from fastcifar.settings import ClassicOptim, SpeedOptim
@@ -80,3 +81,21 @@ def test_classic_optimizers_are_those_of_torch(name):
     optimizer.step()
     expected = {"adam": 2 - 0.1, "adamw": 2 * (1 - 0.1 * 0.5) - 0.1, "sgd": 2 - 0.1 * (1 + 0.5 * 2)}[name]
     assert weight.weight.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_muon_takes_the_filters_expert_by_expert_and_adamw_the_rest():
+    model = build_dynamicnet(10, groups=((8, 8), (16,)), experts=3)
+    optim = ClassicOptim(name="muon", lr=0.01, muon_lr=0.2, momentum=0.6, schedule="one-cycle", warmup=0.5)
+    muon, adamw = optimizers = build_optimizers(model, optim, batch_size=4)
+    filters = {weight: group["experts"] for group in muon.param_groups for weight in group["params"]}
+    assert sorted(tuple(weight.shape) for weight in filters) == [
+        (8, 3, 1, 1), (16, 8, 1, 1), (24, 3, 3, 3), (24, 8, 3, 3), (48, 8, 3, 3)]  # fmt: skip
+    assert {experts for weight, experts in filters.items() if weight.size(2) == 3} == {3}
+    assert {experts for weight, experts in filters.items() if weight.size(2) == 1} == {1}
+    rest = {weight for group in adamw.param_groups for weight in group["params"]}
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert not rest & {*filters}
+    assert rest | {*filters} == {*model.parameters()}
+    set_learning_rates(optimizers, 0.25, optim)
+    assert {group["lr"] for group in muon.param_groups} == {0.1}
+    assert {group["lr"] for group in adamw.param_groups} == {0.005}
