@@ -110,9 +110,10 @@ def _conv_matmul(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastcifar_kernels::conv_matmul_backward", mutates_args=())
 def _conv_matmul_backward(x_NCHW: Tensor, w_OCHW: Tensor, grad_NOHW: Tensor, to_input: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of x, which is nothing of use unless asked for, and w."""
+    """The gradients of x, which is empty unless asked for, and w."""
     x_NHWC, grad_NHWO, w_OD = _pixels(x_NCHW), _pixels(grad_NOHW), _matrix(w_OCHW, x_NCHW.dtype)
-    grad_x_NHWC, grad_w_OD = torch.empty(x_NHWC.shape, dtype=x_NCHW.dtype), torch.zeros(w_OD.shape)
+    asked_NHWC = x_NHWC if to_input else x_NHWC[:0]
+    grad_x_NHWC, grad_w_OD = torch.empty(asked_NHWC.shape, dtype=x_NCHW.dtype), torch.zeros(w_OD.shape)
     for block in _blocks(x_NHWC):
         grad_PO = grad_NHWO[block].flatten(0, 2)
         grad_w_OD += grad_PO.T @ _rows(x_NHWC[block])
@@ -133,7 +134,7 @@ def _(x_NCHW, w_OCHW):
 def _(x_NCHW, w_OCHW, grad_NOHW, to_input):
     n, c, h, w = x_NCHW.shape
     grad_w_OHWC = w_OCHW.new_empty((len(w_OCHW), 3, 3, c))
-    return x_NCHW.new_empty((n, h, w, c)).permute(0, 3, 1, 2), grad_w_OHWC.permute(0, 3, 1, 2)
+    return x_NCHW.new_empty((n if to_input else 0, h, w, c)).permute(0, 3, 1, 2), grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -399,7 +399,7 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(tiles, "PROGRAMS", programs),
         mock.patch.object(aggregation, "PROGRAMS", programs),
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
-        mock.patch.object(products, "ROWS_BYTES", 1),  # one image at a time
+        mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
     ):
         yield
 
