@@ -142,7 +142,14 @@ DYNAMIC4_REPORTED = replace(
         name="sgd", lr=0.15, momentum=0.95, weight_decay=1e-3, schedule="one-cycle", warmup=0.3, clip_norm=0.5
     ),
 )
-DYNAMIC4 = replace(FAST, epochs=10.0, model=DYNAMIC4_MODEL, stages=GROWING)
+DYNAMIC4 = replace(
+    FAST,
+    epochs=10.0,
+    model=replace(DYNAMIC4_MODEL, dropouts=(0.1, 0.1)),
+    optim=replace(FAST.optim, name="muon", muon_lr=0.12, momentum=0.6),
+    stages=(Stage(image_px=20, until=0.4), Stage(image_px=24, until=0.7), Stage(image_px=32, until=1.0)),
+    tta=Tta(share=0.25),
+)
 
 # torchvision's ResNet-34 on CIFAR-100, from scratch. Reported: about 49 % on validation images. Chosen: mixup's beta
 # distribution of 1, shifts by up to 4 onto black.
