@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from fastcifar.data.download import import_torchvision
 from fastcifar.errors import DataError
+from fastcifar.models.conv import Conv2d
 from fastcifar.models.resnet import build_resnet34
 
 import_torchvision()
@@ -32,6 +34,14 @@ def test_files_without_batch_counts_are_taken_as_well(imagenet, tmp_path):
     saved = torch.load(imagenet, weights_only=True)
     torch.save({name: value for name, value in saved.items() if "num_batches" not in name}, tmp_path / "old.pth")
     build_resnet34(10, str(tmp_path / "old.pth"))
+
+
+def test_it_is_torchvisions_network_with_our_convolutions():
+    own, theirs = build_resnet34(10), models.resnet34(num_classes=10)
+    theirs.load_state_dict(own.state_dict())
+    assert {type(part) for part in own.modules() if isinstance(part, nn.Conv2d)} == {Conv2d}
+    x_NCHW = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(own.eval()(x_NCHW), theirs.eval()(x_NCHW))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
