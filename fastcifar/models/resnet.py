@@ -30,7 +30,8 @@ def build_resnet34(classes: int, weights: str = "") -> nn.Module:
     import_torchvision()
     from torchvision.models import resnet34
 
-    model = use_conv2d(resnet34(num_classes=classes))
+    model = resnet34(num_classes=classes)
+    use_conv2d(model)
     if weights:
         read = download() if weights == IMAGENET else load(Path(weights))
         refuse_other(read, weights)
