@@ -65,7 +65,7 @@ def test_every_verb_stands_in_the_help():
         (["train", "--optim.muon_lr", "fast"], "optim.muon_lr"),
         (["train", "--as-reported"], "--as-reported"),
         (["train", "--recipe", "mlp", "--optim.lr", "-1"], "optim.lr"),
-        (["train", "--recipe", "mlp", "--optim.muon_lr", "1"], "optim.muon_lr"),
+        (["train", "--recipe", "mlp", "--optim.muon_steps", "1"], "optim.muon_steps"),
         (["train", "--recipe", "mlp", "--optim.name", "lion"], "optim.name"),
         (["train", "--recipe", "mlp", "--model.dropout", "1.5"], "model.dropout"),
         (["train", "--recipe", "cnn2", "--model.blocks", "[[64],[]]"], "model.blocks"),
