@@ -218,7 +218,7 @@ class SpeedOptim:
 
 @dataclass(frozen=True)
 class ClassicOptim:
-    """One of torch's optimizers for all weights, and a schedule of its learning rate.
+    """One of torch's optimizers for all weights, or Muon beside one, and a schedule of the learning rate.
 
     Args:
         name: adam (weight decay added to the gradient), adamw (weights shrunk directly), sgd, or muon for the filters

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastcifar_kernels import conv_matmul
 
 # A 3x3 convolution of up to one pixel for each so many bytes of filters, but of no more than MOST_PIXELS, is faster as
-# matrix products (LOG.md, "Small maps").
+# matrix products: measured in bfloat16 with AMX (bench/records/2026-11-21-small-maps-cpu), on no other CPU.
 BYTES_A_PIXEL, MOST_PIXELS = 2**16, 64
 
 

@@ -9,6 +9,7 @@ import math
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from fastcifar.errors import UsageError
 from fastcifar.models.dynamic import DynamicConv2d
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.muon import Muon
@@ -35,7 +36,10 @@ def lr_share(optim: Optim, progress: float, until: float = 1.0) -> float:
 
 
 def build_optimizers(model: nn.Module, optim: Optim, batch_size: int) -> list[Optimizer]:
-    """Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning."""
+    """Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning.
+
+    Raises UsageError: muon for a model without convolutions.
+    """
     optimizers = classic(model, optim) if isinstance(optim, ClassicOptim) else speed(model, optim, batch_size)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -49,6 +53,10 @@ def classic(model: nn.Module, optim: ClassicOptim) -> list[Optimizer]:
     options = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
     if optim.name == "muon":
         groups = stacks(model)
+        if not groups:
+            raise UsageError(
+                "--optim.name: muon is for the filters of convolutions, and this model has none.", "--optim.name adamw"
+            )
         filters = {weight for group in groups for weight in group["params"]}
         rest = [weight for weight in model.parameters() if weight not in filters]
         return [Muon(groups, optim.muon_lr, optim.momentum), AdamW(rest, **options)]

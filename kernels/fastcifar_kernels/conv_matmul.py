@@ -3,8 +3,8 @@
 Every pixel becomes a row of its 3 x 3 neighbours' channels, and the filters a matrix that all rows are multiplied with.
 oneDNN's convolution, in bfloat16 on a CPU with AMX, reads all filters anew for every image. Where they outgrow a core's
 L2 cache and an image has few pixels to use them on, it waits for memory: 500 images of 256 channels, 5 x 5 pixels, to
-1,024 channels took it 61 ms forward, 68 and 162 ms for the two gradients, matrix products 31, 40 and 57 ms (59 GFLOP
-each, 2 cores; `bench/small_maps.py`).
+1,024 channels took it 58 ms forward and 229 backward, matrix products 34 and 86 (59 and 118 GFLOP, 2 cores with AMX;
+bench/records/2026-11-21-small-maps-cpu).
 
 Matrix products, in blocks of images whose rows take at most ROWS_BYTES: out = rows @ w, grad of w = grad.T @ rows,
 grad of rows = grad @ w.T; a loop then sums for every pixel what nine rows hold for it.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastcifar.errors import UsageError
 from fastcifar.models.dynamicnet import build_dynamicnet
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers, lr_share, one_cycle, set_learning_rates
@@ -99,3 +100,9 @@ def test_muon_takes_the_filters_expert_by_expert_and_adamw_the_rest():
     set_learning_rates(optimizers, 0.25, optim)
     assert {group["lr"] for group in muon.param_groups} == {0.1}
     assert {group["lr"] for group in adamw.param_groups} == {0.005}
+
+
+def test_muon_without_filters_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"--optim\.name: muon .* has none") as caught:
+        build_optimizers(torch.nn.Linear(4, 2), ClassicOptim(name="muon"), batch_size=4)
+    assert caught.value.hint == "--optim.name adamw"
