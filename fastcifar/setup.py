@@ -34,7 +34,7 @@ from fastcifar.process import physical_cores
 from fastcifar.settings import CnnModel, DynamicModel, MlpModel, Recipe, ResNet34Model, SpeedNetModel
 
 EVALUATION_BATCH = 1000
-SMALLEST_BATCH = 125  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
+SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
 LOOKS_A_STEP = 4  # training on an image takes as long as classifying four (0.9 and 0.22 ms on 2 cores)
 TRAINING_SHARE = 0.75  # of a short budget; the rest is imports, data and evaluation
 WHITENING_IMAGES = 5000  # enough to estimate a 12 x 12 covariance

@@ -22,18 +22,24 @@ for filters O output channels, I input channels.
 
 from fastcifar_kernels.aggregate_weights import aggregate_weights
 from fastcifar_kernels.batch_statistics import batch_statistics
+from fastcifar_kernels.bn_gelu import bn_gelu
 from fastcifar_kernels.bn_relu_pool import bn_relu_pool
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum
+from fastcifar_kernels.conv_blocked import conv_blocked
 from fastcifar_kernels.conv_matmul import conv_matmul
+from fastcifar_kernels.patches_gelu import patches_gelu
 from fastcifar_kernels.scaled_copies import scaled_copies
 from fastcifar_kernels.weighted_sum import weighted_sum
 
 __all__ = [
     "aggregate_weights",
     "batch_statistics",
+    "bn_gelu",
     "bn_relu_pool",
     "bn_relu_weighted_sum",
+    "conv_blocked",
     "conv_matmul",
+    "patches_gelu",
     "scaled_copies",
     "weighted_sum",
 ]

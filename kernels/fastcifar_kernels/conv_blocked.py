@@ -1,0 +1,339 @@
+"""3x3 convolutions of blocked images on AMX, with 2x2 max pooling before anything is written, in bfloat16.
+
+Images lie in groups of 32, and those of a group side by side at every pixel: x_GHWMC. So 32 images and 32 channels of a
+pixel are four whole tiles, whatever the size of the image, neighbours outside it are left out instead of multiplied
+with 0, and nothing is copied on the way. The gradient of the filters sums over images, which therefore have to become
+columns; they are transposed into the cache as they are used.
+
+Shapes: G groups, H rows, W columns, M = 32 images of a group, C channels in, O filters; both multiples of 32.
+"""
+
+# numba changes what its decorators wrap:
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import numba
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcifar_kernels import amx
+from fastcifar_kernels.amx import GROUP
+from fastcifar_kernels.layout import check_companion, check_values
+
+BLOCK = 32 * 32 * 4  # bytes of a block in float32
+TILES = 2 * 1024  # bytes of 32 images' 32 channels
+BAND_BYTES = (
+    2**20
+)  # of tiles that the gradient of the filters works on at a time: they should stay in a core's L2 cache
+
+
+def conv_blocked_reference(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
+    """The same in plain torch: the truth that the loops are held to."""
+    groups, height, width, _, channels = x_GHWMC.shape
+    x_NCHW = x_GHWMC.permute(0, 3, 4, 1, 2).reshape(-1, channels, height, width)
+    y_NOHW = F.conv2d(x_NCHW, w_OCHW.to(x_NCHW.dtype), padding=1)
+    y_NOHW = F.max_pool2d(y_NOHW, 2) if pool else y_NOHW
+    return y_NOHW.unflatten(0, (groups, GROUP)).permute(0, 3, 4, 1, 2).contiguous()
+
+
+def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
+    """A 3x3 convolution of stride 1 and padding 1 without bias, then the largest of each 2 x 2 pixels if `pool`.
+
+    Args:
+        x_GHWMC: C a multiple of 32. The loops take bfloat16 on a CPU with AMX; anything else is plain torch.
+        w_OCHW: [O, C, 3, 3], O a multiple of 32; computed with in the type of `x_GHWMC`, its gradient in its own.
+
+    Returns:
+        [G, H, W, 32, O], or [G, H // 2, W // 2, 32, O], contiguous, of the type of `x_GHWMC`.
+
+    Raises:
+        ValueError: shapes, types or devices do not belong together.
+    """
+    check_values("x_GHWMC", x_GHWMC, 5)
+    if x_GHWMC.size(3) != GROUP or x_GHWMC.size(4) % 32:
+        raise ValueError(
+            f"x_GHWMC must have {GROUP} images a group and a multiple of 32 channels, has shape {tuple(x_GHWMC.shape)}."
+        )
+    check_companion("w_OCHW", w_OCHW, (*w_OCHW.shape[:1], x_GHWMC.size(4), 3, 3), "x_GHWMC", x_GHWMC)
+    if len(w_OCHW) % 32:
+        raise ValueError(f"w_OCHW must have a multiple of 32 filters, has shape {tuple(w_OCHW.shape)}.")
+    if pool and min(x_GHWMC.shape[1:3]) < 2:
+        raise ValueError(f"pooling needs at least 2 x 2 pixels, x_GHWMC has shape {tuple(x_GHWMC.shape)}.")
+    if not amx.runs(x_GHWMC) or not x_GHWMC.numel() or not w_OCHW.numel():
+        return conv_blocked_reference(x_GHWMC, w_OCHW, pool)
+    return _conv_blocked(x_GHWMC.contiguous(), w_OCHW, pool)[0]
+
+
+def _right_tiles(w_OCHW: Tensor) -> Tensor:
+    """Filters as right matrices: [O / 32, 9 neighbours, C / 32, 2 tiles, 16 pairs of channels, 16 filters, 2]."""
+    o, c = w_OCHW.shape[:2]
+    w = w_OCHW.bfloat16().view(o // 32, 2, 16, c // 32, 16, 2, 9)
+    return w.permute(0, 6, 3, 1, 4, 2, 5).contiguous()
+
+
+def parts_of(groups: int) -> int:
+    """How many threads share the groups."""
+    return min(numba.get_num_threads(), groups)
+
+
+# numba: x, w ... are addresses. Every thread takes one part of the groups, and has a row of each buffer for itself.
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _one_pixel(x, height, width, channels, w, i, j):  # pragma: no cover
+    """The block becomes what 32 filters `w` make of the neighbours of pixel (i, j) of a group `x`."""
+    stride = 2 * channels
+    amx.clear_block()
+    for di in range(max(0, 1 - i), min(3, height + 1 - i)):
+        for dj in range(max(0, 1 - j), min(3, width + 1 - j)):
+            left = x + ((i + di - 1) * width + j + dj - 1) * GROUP * stride
+            right = w + (3 * di + dj) * (channels // 32) * TILES
+            amx.multiply_rows(left, left + 16 * stride, stride, right, channels // 32)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _convolve(x, height, width, channels, w, out, out_height, out_width, filters, block):  # pragma: no cover
+    """One group without pooling."""
+    for i in range(out_height):
+        for j in range(out_width):
+            for o in range(filters // 32):
+                _one_pixel(x, height, width, channels, w + o * 9 * (channels // 32) * TILES, i, j)
+                amx.store_block(block)
+                amx.narrow_block(block, out + ((i * out_width + j) * GROUP * filters + 32 * o) * 2, 2 * filters)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _convolve_and_pool(x, height, width, channels, w, out, which, filters, blocks):  # pragma: no cover
+    """One group; `which` is where the numbers of the largest go, 8 bytes for 32 channels."""
+    for i in range(height // 2):
+        for j in range(width // 2):
+            for o in range(filters // 32):
+                for part in range(4):
+                    w_o = w + o * 9 * (channels // 32) * TILES
+                    _one_pixel(x, height, width, channels, w_o, 2 * i + part // 2, 2 * j + part % 2)
+                    amx.store_block(blocks + BLOCK * part)
+                first = (i * (width // 2) + j) * GROUP * filters + 32 * o
+                amx.narrow_largest(blocks, out + 2 * first, 2 * filters, which + first // 4, filters // 4)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _forward(
+    x, groups, height, width, channels, w, out, which, filters, pool, blocks, parts, tiles
+):  # pragma: no cover
+    for part in numba.prange(parts):
+        amx.configure(tiles.ctypes.data)
+        own = blocks + part * 4 * BLOCK
+        for g in range(part * groups // parts, (part + 1) * groups // parts):
+            x_g = x + g * height * width * GROUP * channels * 2
+            if pool:
+                first = g * (height // 2) * (width // 2) * GROUP * filters
+                _convolve_and_pool(x_g, height, width, channels, w, out + 2 * first, which + first // 4, filters, own)
+            else:
+                out_g = out + g * height * width * GROUP * filters * 2
+                _convolve(x_g, height, width, channels, w, out_g, height, width, filters, own)
+        amx.release()
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _unpool(grad, which, height, width, filters, out):  # pragma: no cover
+    """The gradient of one group before pooling: [2 * height, 2 * width, M, O]."""
+    row = 2 * width * GROUP * filters * 2
+    for i in range(height):
+        for j in range(width):
+            first = (i * width + j) * GROUP * filters
+            corner = out + 2 * i * row + 2 * j * GROUP * filters * 2
+            for element in range(0, GROUP * filters, 32):
+                place = corner + 2 * element
+                right = place + GROUP * filters * 2
+                source = grad + 2 * (first + element)
+                amx.scatter_row(source, which + (first + element) // 4, place, right, place + row, right + row)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _to_input(
+    grad, which, groups, rows, columns, filters, w, out, height, width, channels, pool, blocks, unpooled, parts, tiles
+):  # pragma: no cover
+    """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
+    for part in numba.prange(parts):
+        amx.configure(tiles.ctypes.data)
+        own, own_grad = blocks + part * BLOCK, unpooled + part * rows * columns * GROUP * filters * 2
+        for g in range(part * groups // parts, (part + 1) * groups // parts):
+            out_g = out + g * height * width * GROUP * channels * 2
+            if pool:
+                first = g * (rows // 2) * (columns // 2) * GROUP * filters
+                _unpool(grad + 2 * first, which + first // 4, rows // 2, columns // 2, filters, own_grad)
+            else:
+                own_grad = grad + g * rows * columns * GROUP * filters * 2
+            _convolve(own_grad, rows, columns, filters, w, out_g, height, width, channels, own)
+        amx.release()
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_grad(grad, which, rows_from, rows_to, width, filters, o, pool, parts, out):  # pragma: no cover
+    """32 filters' gradients as left tiles [row, column, 2, 16 filters, 32 images], before pooling."""
+    if not pool:
+        for i in range(rows_from, rows_to):
+            for j in range(width):
+                values = grad + ((i * width + j) * GROUP * filters + 32 * o) * 2
+                place = out + ((i - rows_from) * width + j) * TILES
+                amx.transpose_rows(values, 2 * filters, place)
+                amx.transpose_rows(values + 32, 2 * filters, place + 1024)
+        return
+    for i in range(rows_from // 2, rows_to // 2):
+        for j in range(width // 2):
+            first = (i * (width // 2) + j) * GROUP * filters + 32 * o
+            for m in range(GROUP):
+                element = first + m * filters
+                p = parts + 64 * m
+                amx.scatter_row(grad + 2 * element, which + element // 4, p, p + 2048, p + 4096, p + 6144)
+            for part in range(4):
+                place = out + ((2 * i + part // 2 - rows_from) * width + 2 * j + part % 2) * TILES
+                amx.transpose_rows(parts + 2048 * part, 64, place)
+                amx.transpose_rows(parts + 2048 * part + 32, 64, place + 1024)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _to_filters(
+    x,
+    groups,
+    height,
+    width,
+    channels,
+    grad,
+    which,
+    rows,
+    columns,
+    filters,
+    pool,
+    band,
+    out,
+    scattered,
+    left,
+    right,
+    parts,
+    tiles,
+):  # pragma: no cover
+    """Into `out` [parts, O / 32, C / 32, 9, 32, 32]: the gradient of w, each part that of its own groups."""
+    for part in numba.prange(parts):
+        own_scattered = scattered + part * 4 * TILES
+        own_left = left + part * band * columns * TILES
+        own_right = right + part * (channels // 32) * (band + 2) * width * TILES
+        out_p = out + part * filters * channels * 9 * 4
+        amx.configure(tiles.ctypes.data)
+        for g in range(part * groups // parts, (part + 1) * groups // parts):
+            x_g = x + g * height * width * GROUP * channels * 2
+            first = g * (rows // 2 * (columns // 2) if pool else rows * columns) * GROUP * filters
+            for begin in range(0, rows, band):
+                end = min(rows, begin + band)
+                top, bottom = max(0, begin - 1), min(height, end + 1)
+                size = (bottom - top) * width * TILES
+                for c in range(channels // 32):
+                    for pixel in range(top * width, bottom * width):
+                        place = own_right + c * size + (pixel - top * width) * TILES
+                        amx.pair_rows(x_g + (pixel * GROUP * channels + 32 * c) * 2, 2 * channels, place)
+                for o in range(filters // 32):
+                    _pack_grad(
+                        grad + 2 * first,
+                        which + first // 4,
+                        begin,
+                        end,
+                        columns,
+                        filters,
+                        o,
+                        pool,
+                        own_scattered,
+                        own_left,
+                    )
+                    for c in range(channels // 32):
+                        for neighbour in range(9):
+                            di, dj = neighbour // 3 - 1, neighbour % 3 - 1
+                            block = out_p + ((o * (channels // 32) + c) * 9 + neighbour) * BLOCK
+                            amx.load_block(block)
+                            x_from, x_to = max(0, -dj), min(columns, width - dj)
+                            for i in range(max(begin, -di), min(end, height - di)):
+                                a = own_left + ((i - begin) * columns + x_from) * TILES
+                                b = own_right + c * size + ((i + di - top) * width + x_from + dj) * TILES
+                                amx.multiply_tiles(a, b, x_to - x_from)
+                            amx.store_block(block)
+        amx.release()
+
+
+# The operators
+
+
+@torch.library.custom_op("fastcifar_kernels::conv_blocked", mutates_args=())
+def _conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+    """The output, and which of four pixels was the largest: [G, H // 2, W // 2, M, O / 32, 2] of 32 bits each."""
+    groups, height, width, _, channels = x_GHWMC.shape
+    filters = len(w_OCHW)
+    size = (height // 2, width // 2) if pool else (height, width)
+    out_GHWMO = torch.empty((groups, *size, GROUP, filters), dtype=torch.bfloat16)
+    which = torch.empty((groups, *size, GROUP, filters // 32, 2) if pool else (0,), dtype=torch.int32)
+    w = _right_tiles(w_OCHW)
+    shape = groups, height, width, channels
+    parts = parts_of(groups)
+    blocks = torch.empty((parts, 4 * BLOCK // 4))
+    to = out_GHWMO.data_ptr(), which.data_ptr(), filters
+    _forward(x_GHWMC.data_ptr(), *shape, w.data_ptr(), *to, pool, blocks.data_ptr(), parts, amx.WHOLE_TILES)
+    return out_GHWMO, which
+
+
+@torch.library.custom_op("fastcifar_kernels::conv_blocked_backward", mutates_args=())
+def _conv_blocked_backward(
+    x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, to_input: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x, which is empty unless asked for, and w."""
+    groups, height, width, _, channels = x_GHWMC.shape
+    _, rows, columns, _, filters = grad_GHWMO.shape
+    rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
+    parts = parts_of(groups)
+    grad = grad_GHWMO.contiguous()
+    given = grad.data_ptr(), which.data_ptr()
+    grad_x_GHWMC = torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0])
+    if to_input:
+        turned = _right_tiles(w_OCHW.flip(2, 3).transpose(0, 1))
+        blocks = torch.empty((parts, BLOCK // 4))
+        unpooled = torch.empty((parts, rows, columns, GROUP, filters) if pool else (0,), dtype=torch.bfloat16)
+        to = grad_x_GHWMC.data_ptr(), height, width, channels, pool, blocks.data_ptr(), unpooled.data_ptr()
+        _to_input(*given, groups, rows, columns, filters, turned.data_ptr(), *to, parts, amx.WHOLE_TILES)
+    row_bytes = width * TILES * (channels // 32 + 1)
+    band = max(2, min(rows, BAND_BYTES // row_bytes // 2 * 2))
+    sums = torch.zeros((parts, filters // 32, channels // 32, 9, 32, 32))
+    scattered = torch.empty((parts, 4 * TILES // 4))
+    left = torch.empty((parts, band * columns * TILES // 4))
+    right = torch.empty((parts, channels // 32 * (band + 2) * width * TILES // 4))
+    buffers = scattered.data_ptr(), left.data_ptr(), right.data_ptr()
+    shape = groups, height, width, channels
+    to = rows, columns, filters, pool, band, sums.data_ptr()
+    _to_filters(x_GHWMC.data_ptr(), *shape, *given, *to, *buffers, parts, amx.WHOLE_TILES)
+    grad_w = sums.sum(dim=0).permute(0, 3, 1, 4, 2).reshape(filters, channels, 3, 3)
+    return grad_x_GHWMC, grad_w.to(w_OCHW.dtype)
+
+
+@_conv_blocked.register_fake
+def _(x_GHWMC, w_OCHW, pool):
+    groups, height, width, _, _ = x_GHWMC.shape
+    filters = len(w_OCHW)
+    size = (height // 2, width // 2) if pool else (height, width)
+    which = x_GHWMC.new_empty((groups, *size, GROUP, filters // 32, 2) if pool else (0,), dtype=torch.int32)
+    return x_GHWMC.new_empty((groups, *size, GROUP, filters)), which
+
+
+@_conv_blocked_backward.register_fake
+def _(x_GHWMC, w_OCHW, which, grad_GHWMO, pool, to_input):
+    return torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0]), torch.empty_like(w_OCHW)
+
+
+def _save(ctx, inputs, output) -> None:
+    x_GHWMC, w_OCHW, ctx.pool = inputs
+    ctx.save_for_backward(x_GHWMC, w_OCHW, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad_GHWMO: Tensor, _):
+    to_input, to_filters, _ = ctx.needs_input_grad
+    grad_x_GHWMC, grad_w_OCHW = _conv_blocked_backward(*ctx.saved_tensors, grad_GHWMO, ctx.pool, to_input)
+    return (grad_x_GHWMC if to_input else None), (grad_w_OCHW if to_filters else None), None
+
+
+_conv_blocked.register_autograd(_gradients, setup_context=_save)
