@@ -292,7 +292,7 @@ class Recipe:
 
     Args:
         batch_size: images a step.
-        min_steps: a budget that buys fewer steps than this halves the batch, down to 125, until it buys as many.
+        min_steps: a budget that buys fewer steps than this halves the batch, down to 128, until it buys as many.
         epochs: passes over the training set when neither --budget nor --epochs nor --steps says otherwise.
         label_smoothing: probability mass spread evenly over all classes.
         mix: blend each image with another of its batch (mixup), or paste a part of the other into it (cutmix).

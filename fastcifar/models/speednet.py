@@ -28,8 +28,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def gelu(self, x_RC: Tensor) -> Tensor:
         """gelu(self(x)) where channels are the last axis."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        if self.training:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         how = {"training": self.training, "momentum": self.momentum, "eps": self.eps}
         return bn_gelu(x_RC, self.bias, self.running_mean, self.running_var, **how)
