@@ -12,6 +12,7 @@ Shapes: G groups, H rows, W columns, M = 32 images of a group, C channels in, O 
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import numba
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from fastcifar_kernels import amx
 from fastcifar_kernels.amx import GROUP
 from fastcifar_kernels.layout import check_companion, check_values
+from fastcifar_kernels.loops import as_array, narrow, widen
 
 BLOCK = 32 * 32 * 4  # bytes of a block in float32
 TILES = 2 * 1024  # bytes of 32 images' 32 channels
@@ -61,19 +63,52 @@ def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
         raise ValueError(f"pooling needs at least 2 x 2 pixels, x_GHWMC has shape {tuple(x_GHWMC.shape)}.")
     if not amx.runs(x_GHWMC) or not x_GHWMC.numel() or not w_OCHW.numel():
         return conv_blocked_reference(x_GHWMC, w_OCHW, pool)
+    w_OCHW = w_OCHW.float() if w_OCHW.dtype == torch.float16 else w_OCHW  # which numba does not know
     return _conv_blocked(x_GHWMC.contiguous(), w_OCHW, pool)[0]
-
-
-def _right_tiles(w_OCHW: Tensor) -> Tensor:
-    """Filters as right matrices: [O / 32, 9 neighbours, C / 32, 2 tiles, 16 pairs of channels, 16 filters, 2]."""
-    o, c = w_OCHW.shape[:2]
-    w = w_OCHW.bfloat16().view(o // 32, 2, 16, c // 32, 16, 2, 9)
-    return w.permute(0, 6, 3, 1, 4, 2, 5).contiguous()
 
 
 def parts_of(groups: int) -> int:
     """How many threads share the groups."""
     return min(numba.get_num_threads(), groups)
+
+
+# numba: filters as [O, 3, 3, C], so that a neighbour's channels lie side by side
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _pack_filters(w_OHWC, turned, out):  # pragma: no cover
+    """As right matrices [O / 32, 9, C / 32, 2 tiles, 16 pairs of channels, 16 filters, 2].
+
+    If `turned`, those of the gradient of x: filters and channels swapped, the nine neighbours in reverse.
+    """
+    for block in numba.prange(len(out)):
+        for neighbour in range(9):
+            source = 8 - neighbour if turned else neighbour
+            for c in range(out.shape[2]):
+                for tile in range(2):
+                    for pair in range(16):
+                        for column in range(16):
+                            for half in range(2):
+                                i, o = 32 * c + 2 * pair + half, 32 * block + 16 * tile + column
+                                value = (
+                                    w_OHWC[i, source // 3, source % 3, o]
+                                    if turned
+                                    else w_OHWC[o, source // 3, source % 3, i]
+                                )
+                                out[block, neighbour, c, tile, pair, column, half] = narrow(widen(value), np.uint16(0))
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _unpack_sums(sums_PBC9OI, out_OHWC):  # pragma: no cover
+    """The gradient of the filters from each part's blocks [part, O / 32, C / 32, 9, 32, 32]."""
+    filters, _, _, channels = out_OHWC.shape
+    for o in numba.prange(filters):
+        for neighbour in range(9):
+            for c in range(channels):
+                total = np.float32(0)
+                for part in range(len(sums_PBC9OI)):
+                    total += sums_PBC9OI[part, o // 32, c // 32, neighbour, o % 32, c % 32]
+                out_OHWC[o, neighbour // 3, neighbour % 3, c] = narrow(total, out_OHWC[o, 0, 0, 0])
 
 
 # numba: x, w ... are addresses. Every thread takes one part of the groups, and has a row of each buffer for itself.
@@ -248,7 +283,10 @@ def _to_filters(
                         for neighbour in range(9):
                             di, dj = neighbour // 3 - 1, neighbour % 3 - 1
                             block = out_p + ((o * (channels // 32) + c) * 9 + neighbour) * BLOCK
-                            amx.load_block(block)
+                            if begin == 0 and g == part * groups // parts:
+                                amx.clear_block()
+                            else:
+                                amx.load_block(block)
                             x_from, x_to = max(0, -dj), min(columns, width - dj)
                             for i in range(max(begin, -di), min(end, height - di)):
                                 a = own_left + ((i - begin) * columns + x_from) * TILES
@@ -259,6 +297,14 @@ def _to_filters(
 
 
 # The operators
+
+
+def _right_tiles(w_OCHW: Tensor, turned: bool = False) -> Tensor:
+    """See `_pack_filters`."""
+    o, c = w_OCHW.shape[1::-1] if turned else w_OCHW.shape[:2]
+    out = torch.empty((o // 32, 9, c // 32, 2, 16, 16, 2), dtype=torch.bfloat16)
+    _pack_filters(as_array(w_OCHW.permute(0, 2, 3, 1).contiguous()), turned, as_array(out))
+    return out
 
 
 @torch.library.custom_op("fastcifar_kernels::conv_blocked", mutates_args=())
@@ -291,14 +337,14 @@ def _conv_blocked_backward(
     given = grad.data_ptr(), which.data_ptr()
     grad_x_GHWMC = torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0])
     if to_input:
-        turned = _right_tiles(w_OCHW.flip(2, 3).transpose(0, 1))
+        turned = _right_tiles(w_OCHW, turned=True)
         blocks = torch.empty((parts, BLOCK // 4))
         unpooled = torch.empty((parts, rows, columns, GROUP, filters) if pool else (0,), dtype=torch.bfloat16)
         to = grad_x_GHWMC.data_ptr(), height, width, channels, pool, blocks.data_ptr(), unpooled.data_ptr()
         _to_input(*given, groups, rows, columns, filters, turned.data_ptr(), *to, parts, amx.WHOLE_TILES)
     row_bytes = width * TILES * (channels // 32 + 1)
     band = max(2, min(rows, BAND_BYTES // row_bytes // 2 * 2))
-    sums = torch.zeros((parts, filters // 32, channels // 32, 9, 32, 32))
+    sums = torch.empty((parts, filters // 32, channels // 32, 9, 32, 32))
     scattered = torch.empty((parts, 4 * TILES // 4))
     left = torch.empty((parts, band * columns * TILES // 4))
     right = torch.empty((parts, channels // 32 * (band + 2) * width * TILES // 4))
@@ -306,8 +352,9 @@ def _conv_blocked_backward(
     shape = groups, height, width, channels
     to = rows, columns, filters, pool, band, sums.data_ptr()
     _to_filters(x_GHWMC.data_ptr(), *shape, *given, *to, *buffers, parts, amx.WHOLE_TILES)
-    grad_w = sums.sum(dim=0).permute(0, 3, 1, 4, 2).reshape(filters, channels, 3, 3)
-    return grad_x_GHWMC, grad_w.to(w_OCHW.dtype)
+    grad_w_OHWC = torch.empty((filters, 3, 3, channels), dtype=w_OCHW.dtype)
+    _unpack_sums(as_array(sums), as_array(grad_w_OHWC))
+    return grad_x_GHWMC, grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 @_conv_blocked.register_fake
@@ -321,7 +368,9 @@ def _(x_GHWMC, w_OCHW, pool):
 
 @_conv_blocked_backward.register_fake
 def _(x_GHWMC, w_OCHW, which, grad_GHWMO, pool, to_input):
-    return torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0]), torch.empty_like(w_OCHW)
+    o, c = w_OCHW.shape[:2]
+    grad_w_OHWC = w_OCHW.new_empty((o, 3, 3, c))
+    return torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0]), grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 def _save(ctx, inputs, output) -> None:
