@@ -91,9 +91,10 @@ MLP_REPORTED = replace(PLAIN, model=MlpModel())
 MLP = replace(FAST, epochs=30.0, model=MlpModel(dropout=0.2))
 
 # Two convolutions of 64 and 128 channels, each with BatchNorm, ReLU, dropout and max pooling. Reported: 77.49 % at best
-# on validation images, 76.92 % on the test set. Chosen: 3x3 filters with padding, dropout 0.5 as in the report's MLP.
+# on validation images, 76.92 % on the test set. Chosen: 3x3 filters with padding, dropout 0.4, the best of 0.3, 0.4 and
+# 0.5 on held-out images (LOG.md).
 #   fastcifar train --recipe cnn2 --as-reported
-CNN2_MODEL = CnnModel(blocks=((64,), (128,)), block_dropout=0.5, dropout=0.0)
+CNN2_MODEL = CnnModel(blocks=((64,), (128,)), block_dropout=0.4, dropout=0.0)
 CNN2_REPORTED = replace(PLAIN, model=CNN2_MODEL)
 CNN2 = replace(FAST, epochs=20.0, model=replace(CNN2_MODEL, block_dropout=0.1))
 
