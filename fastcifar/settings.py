@@ -19,10 +19,13 @@ class SpeedNetModel:
     Args:
         widths: channels of its three groups.
         whiten_eps: added to the eigenvalues of the patch covariance before their inverse root.
+        own_kernels: this project's operators where they are faster than PyTorch's: on a CPU with AMX, in bfloat16, for
+            widths and a batch size that are multiples of 32.
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
     whiten_eps: float = 5e-4
+    own_kernels: bool = True
     any_size: ClassVar[bool] = True  # of image
 
     def checks(self) -> Iterator[Check]:

@@ -32,6 +32,7 @@ from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.process import physical_cores
 from fastcifar.settings import CnnModel, DynamicModel, MlpModel, Recipe, ResNet34Model, SpeedNetModel
+from fastcifar_kernels import amx
 
 EVALUATION_BATCH = 1000
 SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
@@ -92,6 +93,10 @@ def set_up(job: Job, display: Display) -> Setup:
     model = build_model(recipe, len(dataset.class_names), job.seed).to(device)
     if isinstance(model, SpeedNet) and isinstance(recipe.model, SpeedNetModel):
         model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
+    if isinstance(model, SpeedNet):
+        x_NCHW = x_NCHW[: amx.GROUP]
+        if model.blocks_pay(x_NCHW):
+            compile_s += warm_up(model, model, recipe, x_NCHW)
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / (look_s * LOOKS_A_STEP), open_named, train_loader)
@@ -166,7 +171,7 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> nn.Module:
         case ResNet34Model():
             model = build_resnet34(classes, recipe.model.weights)
         case _:
-            model = SpeedNet(classes, recipe.model.widths)
+            model = SpeedNet(classes, recipe.model.widths, recipe.model.own_kernels)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -188,6 +193,7 @@ def warm_up(forward: nn.Module, model: nn.Module, recipe: Recipe, x_BCHW: torch.
     Weights, statistics and gradients are left as they were.
     """
     began_s = time.monotonic()
+    model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     whiten_bias = model.whiten.bias if isinstance(model, SpeedNet) else None
     for learns in (True,) if whiten_bias is None else (False, True):

@@ -74,13 +74,13 @@ class Group(nn.Module):
 class SpeedNet(nn.Module):
     """Normalised images [N, 3, H, W], H = W >= 18, to logits [N, K]."""
 
-    def __init__(self, classes: int, widths: tuple[int, int, int] = (64, 256, 256)):
+    def __init__(self, classes: int, widths: tuple[int, int, int] = (64, 256, 256), own_kernels: bool = True):
         super().__init__()
         whitened = 2 * 3 * WHITEN_PX**2  # every principal patch and its negative
         self.whiten = nn.Conv2d(3, whitened, WHITEN_PX)
         self.whiten.weight.requires_grad = False
         self.groups = nn.Sequential(*[Group(i, o) for i, o in zip((whitened, *widths), widths, strict=False)])
-        self.widths_fit = all(width % amx.GROUP == 0 for width in widths)
+        self.may_block = own_kernels and all(width % amx.GROUP == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)
         with torch.no_grad():
             self.head.weight /= self.head.weight.std()
@@ -101,7 +101,7 @@ class SpeedNet(nn.Module):
         """Whether these images go through the operators for AMX, 2-3 times as fast as oneDNN's (LOG.md)."""
         # What fills the last group up is no image: BatchNorm must not see it.
         whole = len(x_NCHW) % amx.GROUP == 0 or not self.training
-        return self.widths_fit and whole and amx.runs(x_NCHW)
+        return self.may_block and whole and amx.runs(x_NCHW)
 
     @torch.no_grad()
     def fit_whitening(self, x_NCHW: Tensor, eps: float) -> None:
