@@ -67,7 +67,7 @@ def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
 def _right_tiles(w_OCHW: Tensor) -> Tensor:
     """Filters as right matrices: [O / 32, 9 neighbours, C / 32, 2 tiles, 16 pairs of channels, 16 filters, 2]."""
     o, c = w_OCHW.shape[:2]
-    w = w_OCHW.bfloat16().view(o // 32, 2, 16, c // 32, 16, 2, 9)
+    w = w_OCHW.bfloat16().reshape(o // 32, 2, 16, c // 32, 16, 2, 9)
     return w.permute(0, 6, 3, 1, 4, 2, 5).contiguous()
 
 
@@ -250,6 +250,8 @@ def _to_filters(
                             block = out_p + ((o * (channels // 32) + c) * 9 + neighbour) * BLOCK
                             amx.load_block(block)
                             x_from, x_to = max(0, -dj), min(columns, width - dj)
+                            if x_from == x_to:  # an image of one column has no neighbours beside it
+                                continue
                             for i in range(max(begin, -di), min(end, height - di)):
                                 a = own_left + ((i - begin) * columns + x_from) * TILES
                                 b = own_right + c * size + ((i + di - top) * width + x_from + dj) * TILES
@@ -289,7 +291,7 @@ def _conv_blocked_backward(
     parts = parts_of(groups)
     grad = grad_GHWMO.contiguous()
     given = grad.data_ptr(), which.data_ptr()
-    grad_x_GHWMC = torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0])
+    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=torch.bfloat16)
     if to_input:
         turned = _right_tiles(w_OCHW.flip(2, 3).transpose(0, 1))
         blocks = torch.empty((parts, BLOCK // 4))
@@ -321,7 +323,7 @@ def _(x_GHWMC, w_OCHW, pool):
 
 @_conv_blocked_backward.register_fake
 def _(x_GHWMC, w_OCHW, which, grad_GHWMO, pool, to_input):
-    return torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0]), torch.empty_like(w_OCHW)
+    return torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0]), w_OCHW.new_empty(w_OCHW.shape)
 
 
 def _save(ctx, inputs, output) -> None:
