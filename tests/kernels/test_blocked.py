@@ -110,13 +110,10 @@ def test_bias_and_running_statistics_may_be_of_another_type(dtype, training):
 
 
 def test_no_images_give_none_and_gradients_of_zero():
-    for operator, how in ((conv_blocked, {}), (bn_gelu, {"training": False})):
-        given = arguments(operator)
-        first = next(iter(given))
-        out, grad, *rest = results(operator, given | {first: given[first][:0]}, **how)
-        assert out.shape == (0, *operator(**given, **how).shape[1:])
-        assert grad.shape == (0, *given[first].shape[1:])
-        assert not rest[0].any()
+    given = arguments(bn_gelu)
+    out, grad_x, grad_bias, *_ = results(bn_gelu, given | {"x_RC": given["x_RC"][:0]}, training=False)
+    assert out.shape == grad_x.shape == (0, *given["x_RC"].shape[1:])
+    assert not grad_bias.any()
 
 
 # torch.compile and autocast
