@@ -10,14 +10,20 @@ and, for plain convnets,
 
     bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map, in one pass on a CPU
     conv_matmul              a 3x3 convolution as matrix products, for many filters on small maps on a CPU
+    bn_gelu                  BatchNorm without a scale, then GELU, where channels are the last axis, on a CPU
+
+and, on the matrix unit of recent Xeons (AMX), in bfloat16, for images that lie in groups of 32,
+
+    conv_blocked             a 3x3 convolution, with 2x2 max pooling before anything is written
+    patches_gelu             a frozen 2x2 convolution of colour images with GELU: where the groups come from
 
 All are differentiable, work under torch.compile(fullgraph=True) and autocast, and give the same bits every time. CUDA
 tensors take the Triton kernels; CPU tensors take parallel numba loops, or, under TRITON_INTERPRET=1, the Triton kernels
-in Triton's interpreter. The last two have no Triton kernel: beyond the CPU they are plain torch.
-`python -m fastcifar_kernels.verify` compares them all with float64.
+in Triton's interpreter. The last five have no Triton kernel: beyond the CPU, the last two beyond AMX, they are plain
+torch. `python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
-for filters O output channels, I input channels.
+for filters O output channels, I input channels; G groups of M = 32 images, R rows of channels.
 """
 
 from fastcifar_kernels.aggregate_weights import aggregate_weights

@@ -28,9 +28,14 @@ SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Lin
 ISA_WITH_AMX = ("", "ALL", "DEFAULT", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # what it asks cannot be traced
 def available() -> bool:
     """Whether this process may use AMX in bfloat16: the processor has it, Linux grants it, nobody has forbidden it."""
+    return _available()
+
+
+@functools.cache
+def _available() -> bool:
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return False
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ISA_WITH_AMX:

@@ -291,7 +291,8 @@ def _to_filters(
                             for i in range(max(begin, -di), min(end, height - di)):
                                 a = own_left + ((i - begin) * columns + x_from) * TILES
                                 b = own_right + c * size + ((i + di - top) * width + x_from + dj) * TILES
-                                amx.multiply_tiles(a, b, x_to - x_from)
+                                if x_from < x_to:  # an image of one column has no neighbours beside it
+                                    amx.multiply_tiles(a, b, x_to - x_from)
                             amx.store_block(block)
         amx.release()
 
@@ -335,7 +336,7 @@ def _conv_blocked_backward(
     parts = parts_of(groups)
     grad = grad_GHWMO.contiguous()
     given = grad.data_ptr(), which.data_ptr()
-    grad_x_GHWMC = torch.empty_like(x_GHWMC if to_input else x_GHWMC[:0])
+    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=torch.bfloat16)
     if to_input:
         turned = _right_tiles(w_OCHW, turned=True)
         blocks = torch.empty((parts, BLOCK // 4))

@@ -3,10 +3,10 @@
 python -m fastcifar_kernels.verify [--op NAME ...]
 
 What is allowed is not a constant but derived from each input: twice what plain torch in the same type gets wrong, plus
-twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck), plus one
-rounding of the result. Every tensor that a kernel writes is filled with NaN first, and every tensor that it reads or
-writes lies between strips of NaN: what is not written, or read from outside, shows. Each is run twice (but not in the
-interpreter) and must give the same bits.
+twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck) and what
+the polynomials in place of GELU are off, plus one rounding of the result. Every tensor that a kernel writes is filled
+with NaN first, and every tensor that it reads or writes lies between strips of NaN: what is not written, or read from
+outside, shows. Each is run twice (but not in the interpreter) and must give the same bits.
 
 With a GPU the compiled kernels are run; without one the numba loops for CPU tensors, and the Triton kernels in Triton's
 interpreter on small shapes. Exit code 1 if anything misses.
@@ -30,26 +30,37 @@ from triton import knobs
 
 from fastcifar_kernels import (
     aggregate_weights,
+    amx,
     batch_statistics,
+    bn_gelu,
     bn_relu_pool,
     bn_relu_weighted_sum,
+    conv_blocked,
     conv_matmul,
+    patches_gelu,
     scaled_copies,
     tiles,
     weighted_sum,
 )
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
 from fastcifar_kernels.batch_statistics import batch_statistics_reference
+from fastcifar_kernels.bn_gelu import bn_gelu_reference
 from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
+from fastcifar_kernels.conv_blocked import conv_blocked_reference
 from fastcifar_kernels.conv_matmul import conv_matmul_reference
 from fastcifar_kernels.guarded import guarding
+from fastcifar_kernels.patches_gelu import patches_gelu_reference
 from fastcifar_kernels.scaled_copies import scaled_copies_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OF_THE_CPU = ("bn_relu_pool", "conv_matmul")  # without a Triton kernel
+OF_AMX = ("conv_blocked", "patches_gelu")  # loops for bfloat16 alone, on a CPU with AMX
+OF_THE_CPU = ("bn_relu_pool", "conv_matmul", "bn_gelu", *OF_AMX)  # without a Triton kernel
 SHAKES = 4
+# How far the polynomials of `bn_gelu` are off at most: Phi, where GELU is u * Phi(u), and GELU's slope. Measured by
+# tests/kernels/test_blocked.py.
+PHI_OFF, SLOPE_OFF = 1.4e-5, 4.8e-4
 POOL_VARIANTS = {
     "": {},
     "NCHW": {},
@@ -64,6 +75,7 @@ POOL_VARIANTS = {
 }
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
+blocked = sys.modules["fastcifar_kernels.conv_blocked"]
 products = sys.modules["fastcifar_kernels.conv_matmul"]
 statistics = sys.modules["fastcifar_kernels.batch_statistics"]
 
@@ -86,6 +98,7 @@ MEDIUM = (
     (8, 16, 128, 8, 8),
     (1, 4, 256, 32, 32),
 )
+BLOCKED_ELEMENTS = 8_000  # of a shape, at most, to make groups of 32 images from: in float64 more take long
 LARGE = (*MEDIUM, (512, 4, 64, 32, 32), (512, 4, 128, 16, 16), (512, 4, 512, 8, 8), (64, 16, 200, 7, 9))
 
 
@@ -99,6 +112,7 @@ class Case:
     tensors: dict[str, Tensor]  # float64 or float32 values; those of `typed` are converted to the type under test
     typed: tuple[str, ...]
     call: Callable[[str, dict[str, Tensor]], tuple[Tensor, ...]]  # (kernel or reference, tensors) -> results
+    constant: tuple[str, ...] = ("grad", "running_mean", "running_var")  # get no gradient
 
 
 @dataclass(frozen=True)
@@ -187,6 +201,9 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
         yield Case("conv_matmul", shape, "NCHW", plain, typed, call_conv_matmul)
         masters = lying | {"w": w_OCHW.float()}
         yield Case("conv_matmul", shape, "float32 filters", masters, ("x", "grad"), call_conv_matmul)
+        yield from cases_of_rows(shape, normal, norm)
+        if math.prod(shape) <= BLOCKED_ELEMENTS:
+            yield from cases_of_groups(shape, normal)
 
     side = min(h, 3)
     w_KOIHW = normal(k, c, min(c, 8) + 1, side, side)
@@ -197,6 +214,47 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     yield Case("aggregate_weights", shape, "channels-last", filters | {"w": lying}, typed, call_aggregate_weights)
     masters = filters | {"w": w_KOIHW.float()}
     yield Case("aggregate_weights", shape, "float32 filters", masters, ("grad",), call_aggregate_weights)
+
+
+def cases_of_rows(shape: tuple[int, ...], normal: Callable[..., Tensor], norm: dict[str, Tensor]) -> Iterator[Case]:
+    """`bn_gelu` with different numbers of axes before the channels; `norm` has what belongs to them."""
+    n, _, c, h, w = shape
+    x_NHWC, grad_NHWC = 4 * normal(c) + normal(c) * normal(n, h, w, c), normal(n, h, w, c)
+    maps = {name: norm[name] for name in ("bias", "running_mean", "running_var")} | {"x": x_NHWC, "grad": grad_NHWC}
+    rows = maps | {"x": x_NHWC.flatten(0, 2), "grad": grad_NHWC.flatten(0, 2)}
+    groups = maps | {"x": x_NHWC[None], "grad": grad_NHWC[None]}
+    variants = {"eval": maps, "eval, rows": rows}
+    if n * h * w > 1:
+        variants |= {"": maps, "gaps": maps, "rows": rows, "groups": groups}
+    for variant, tensors in variants.items():
+        call = partial(call_bn_gelu, training="eval" not in variant)
+        yield Case("bn_gelu", shape, variant, tensors, ("x", "grad"), call)
+
+
+def cases_of_groups(shape: tuple[int, ...], normal: Callable[..., Tensor]) -> Iterator[Case]:
+    """What works on groups of 32 images, as many groups as the shape has samples, and multiples of 32 channels."""
+    n, k, c, h, w = shape
+    groups, channels, filters = min(n, 5), 32 * (1 + c % 3), 32 * (1 + k % 3)
+    x_GHWMC, w_OCHW = normal(groups, h, w, 32, channels), normal(filters, channels, 3, 3)
+    for pool in (False, True) if min(h, w) > 1 else (False,):
+        size = (h // 2, w // 2) if pool else (h, w)
+        given = {"x": x_GHWMC, "w": w_OCHW, "grad": normal(groups, *size, 32, filters)}
+        call = partial(call_conv_blocked, pool=pool)
+        masters = given | {"w": w_OCHW.float()}
+        for variant, tensors in {"": given, "gaps": given, "float32 filters": masters}.items():
+            typed = ("x", "grad") if tensors is masters else ("x", "w", "grad")
+            name = ", ".join(filter(None, ("pool" if pool else "", variant)))
+            yield Case("conv_blocked", shape, name, tensors, typed, call)
+
+    if min(h, w) > 1:
+        images, filters = 13 * groups, min(c, 32)
+        plain = {"x": normal(images, 3, h, w), "w": normal(filters, 3, 2, 2), "bias": normal(filters).float()}
+        plain |= {"grad": normal(images, h - 1, w - 1, 32)}
+        lying = plain | {"x": plain["x"].contiguous(memory_format=torch.channels_last)}
+        masters = lying | {"w": plain["w"].float()}
+        for variant, tensors in {"": lying, "gaps": lying, "NCHW": plain, "float32 filters": masters}.items():
+            typed = ("x", "grad") if tensors is masters else ("x", "w", "grad")
+            yield Case("patches_gelu", shape, variant, tensors, typed, call_patches_gelu, ("x", "w", "grad"))
 
 
 def call_weighted_sum(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -250,6 +308,25 @@ def call_conv_matmul(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ..
     return (function(tensors["x"], tensors["w"]),)
 
 
+def call_bn_gelu(which: str, tensors: dict[str, Tensor], training: bool) -> tuple[Tensor, ...]:
+    function = {"kernel": bn_gelu, "reference": bn_gelu_reference}[which]
+    running = tensors["running_mean"].clone(), tensors["running_var"].clone()
+    return function(tensors["x"], tensors["bias"], *running, training=training), *running
+
+
+def call_conv_blocked(which: str, tensors: dict[str, Tensor], pool: bool) -> tuple[Tensor, ...]:
+    function = {"kernel": conv_blocked, "reference": conv_blocked_reference}[which]
+    return (function(tensors["x"], tensors["w"], pool),)
+
+
+def call_patches_gelu(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """As images [N, H - 1, W - 1, 32]: what fills the last group up may be anything but what was read from outside."""
+    function = {"kernel": patches_gelu, "reference": patches_gelu_reference}[which]
+    out_GHWMO = function(tensors["x"], tensors["w"], tensors["bias"])
+    out_NHWO, fill_NHWO = out_GHWMO.transpose(2, 3).transpose(1, 2).flatten(0, 1).tensor_split([len(tensors["x"])])
+    return (out_NHWO + 0 * fill_NHWO.sum(),)  # NaN if any of it is
+
+
 @contextmanager
 def dropping_the_same(x_NCHW: Tensor, dropout: float) -> Iterator[None]:
     """Inside, F.dropout drops what the operator would drop now of a tensor like `x_NCHW`: that is its own to choose."""
@@ -267,11 +344,11 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
     given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
     if case.op == "bn_relu_weighted_sum":
         given["grad"] = away_from_kinks(given, training=case.call is call_training)
-    if case.op == "bn_relu_pool":
+    if case.op in ("bn_relu_pool", "conv_blocked"):
         given["grad"] = away_from_ties(case, given)
     faults = []
     with guarding() as guard:
-        gap = 1 if case.variant == "gaps" else 0
+        gap = 1 if "gaps" in case.variant else 0
         inside = {name: guard.copy(tensor, gap) for name, tensor in given.items()}
         found = results(case, "kernel", inside)
         # The interpreter runs one program after the other: a second run could teach nothing.
@@ -284,7 +361,7 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
         faults.append("differs when run again")
     exact = {name: tensor.double() for name, tensor in given.items()}
     truth = results(case, "reference", exact)
-    shaken = [results(case, "reference", shake(exact, seed)) for seed in range(SHAKES)]
+    shaken = [shaken_results(case, exact, seed) for seed in range(SHAKES)]
     # In both memory layouts, as plain torch rounds differently in each (on a CPU, batch_norm is more precise in NCHW).
     eager = [results(case, "reference", laid_out) for laid_out in (given, turned(given))]
     compared = []
@@ -302,10 +379,9 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
 
 def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Everything that a call computes: its results, and the gradients of its floating arguments."""
-    running = ("running_mean", "running_var")
-    leaves = {name: t.detach().requires_grad_() for name, t in given.items() if name not in ("grad", *running)}
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items() if name not in case.constant}
     outputs = case.call(which, given | leaves)
-    names = {"batch_statistics": ("mean", "variance")}.get(case.op, ("out", *running))
+    names = {"batch_statistics": ("mean", "variance")}.get(case.op, ("out", "running_mean", "running_var"))
     found = dict(zip(names, outputs, strict=False))
     if "out" in found:
         grads = torch.autograd.grad(found["out"], list(leaves.values()), given["grad"].to(found["out"].dtype))
@@ -325,6 +401,15 @@ def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
 
 def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
     """The gradient coming in, 0 wherever any rounding may make another element the largest, or turn a slope over."""
+    exact = {name: tensor.double() for name, tensor in given.items()}
+    if case.op == "conv_blocked":
+        if not case.call.keywords["pool"]:
+            return given["grad"]
+        # Plain torch rounds what it pools to the type under test.
+        y_GHWMO = conv_blocked_reference(exact["x"], exact["w"])
+        gap_GMOHW = gaps(y_GHWMO.permute(0, 3, 4, 1, 2).flatten(0, 1)).unflatten(0, (len(y_GHWMO), -1))
+        allowed = max(torch.finfo(given["x"].dtype).eps, 1e-4) * y_GHWMO.abs().max()
+        return given["grad"].where(gap_GMOHW.permute(0, 3, 4, 1, 2) > allowed, 0)
     values: list[Tensor] = []
 
     def watch(x_NCHW: Tensor, *_rest) -> Tensor:
@@ -332,16 +417,19 @@ def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
         return leaky_relu(x_NCHW, *_rest)
 
     leaky_relu = F.leaky_relu
-    exact = {name: tensor.double() for name, tensor in given.items()}
     with mock.patch.object(F, "leaky_relu", watch):
         out_NCHW = call_pool("reference", exact, case.call.keywords["how"] | {"pool": False})[0]
     far_NCHW = values[0].abs() > 1e-4
     if out_NCHW.shape != given["grad"].shape:
-        windows_NCHW4 = out_NCHW.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
-        top_NCHW2 = windows_NCHW4.topk(2).values
         far_NCHW = F.max_pool2d((~far_NCHW).double(), 2) == 0
-        far_NCHW &= top_NCHW2[..., 0] - top_NCHW2[..., 1] > 1e-4
+        far_NCHW &= gaps(out_NCHW) > 1e-4
     return given["grad"].where(far_NCHW, 0)
+
+
+def gaps(x_NCHW: Tensor) -> Tensor:
+    """By how much the largest of each 2 x 2 pixels is larger than the second."""
+    windows_NCHW4 = x_NCHW.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    return -windows_NCHW4.topk(2).values.diff()[..., 0]
 
 
 def turned(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -361,11 +449,34 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30))
 
 
+def shaken_results(case: Case, exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The truth where every argument is off by a rounding, and GELU by what its polynomials are."""
+    with mock.patch.object(F, "gelu", lambda u: GeluOff.apply(u, seed)):
+        return results(case, "reference", shake(exact, seed))
+
+
 def shake(exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every value up or down by one float32 rounding."""
     generator, half_ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps / 2
     signs = {name: torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2 - 1 for name, t in exact.items()}
     return {name: tensor * (1 + half_ulp * signs[name]) for name, tensor in exact.items()}
+
+
+class GeluOff(torch.autograd.Function):
+    """GELU where every value and slope is off, up or down, by as much as `bn_gelu` allows itself."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, u.shape, generator=generator).to(u.device) * 2 - 1
+        ctx.save_for_backward(u, signs)
+        return u * (torch.special.ndtr(u) + PHI_OFF * signs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        u, signs = ctx.saved_tensors
+        density = (-u.square() / 2).exp() / math.sqrt(2 * math.pi)
+        return grads[0] * (torch.special.ndtr(u) + u * density + SLOPE_OFF * signs), None
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -384,12 +495,16 @@ def verify(device: str, shapes: tuple[tuple[int, ...], ...], ops: list[str] | No
         for case in cases(shape, device):
             if ops and case.op not in ops:
                 continue
-            for dtype in DTYPES if case.variant != "gaps" else DTYPES[:1]:
+            # One type is enough for gaps, and once for the plain torch that the others take where AMX is for bfloat16.
+            alone = torch.bfloat16 if case.op in OF_AMX else torch.float32
+            once = "gaps" in case.variant or (case.op in OF_AMX and case.variant)
+            for dtype in (alone,) if once else DTYPES:
                 yield judge(case, dtype)
-            if not case.variant:
+            if case.variant in ("", "pool"):
                 for programs in (2, 3 * shape[1] * -(-shape[2] // 128)):  # for all, or for every expert and channel
                     with few_programs(programs):
-                        yield replace(judge(case, torch.float32), variant=f"{programs} programs")
+                        name = ", ".join(filter(None, (case.variant, f"{programs} programs")))
+                        yield replace(judge(case, alone), variant=name)
 
 
 @contextmanager
@@ -400,6 +515,7 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(aggregation, "PROGRAMS", programs),
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
         mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
+        mock.patch.object(blocked, "BAND_BYTES", 1),  # two rows at a time
     ):
         yield
 
@@ -434,7 +550,8 @@ def main(words: list[str] | None = None) -> int:
         gpu = torch.cuda.get_device_properties(0)
         title = f"Triton kernels on {gpu.name}, sm_{gpu.major}{gpu.minor}:"
         return not report(title, verify("cuda", LARGE, ops))
-    passed = report("numba loops for CPU tensors:", verify("cpu", MEDIUM, ops))
+    without = "" if amx.available() else f" (no AMX here: {', '.join(OF_AMX)} in plain torch)"
+    passed = report(f"numba loops for CPU tensors{without}:", verify("cpu", MEDIUM, ops))
     if ops and not {*ops} - {*OF_THE_CPU}:
         return not passed
     command = [sys.executable, "-m", "fastcifar_kernels.verify", *(["--op", *ops] if ops else [])]

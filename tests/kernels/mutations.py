@@ -5,6 +5,7 @@ Each is (name, file, old text, new text, operator): the old text occurs once in 
 
 WS, SC, BS = "weighted_sum", "scaled_copies", "batch_statistics"
 BN, AW, BP, CM = "bn_relu_weighted_sum", "aggregate_weights", "bn_relu_pool", "conv_matmul"
+CB, BG, PG = "conv_blocked", "bn_gelu", "patches_gelu"
 
 TRITON = (
     # How work is cut into programs and tiles
@@ -170,4 +171,43 @@ NUMBA = (
     ("CPU: gradient of the last block alone", "conv_matmul.py", "grad_w_OD += grad_PO", "grad_w_OD = grad_PO", CM),
     ("CPU: every block written to the last", "conv_matmul.py",
      "out=out_NHWO[block].view", "out=out_NHWO[block.start - block.stop :].view", CM),
+    # conv_blocked
+    ("AMX: right neighbours forgotten", "conv_blocked.py", "min(3, width + 1 - j)", "min(2, width + 1 - j)", CB),
+    ("AMX: left of a row the end of another", "conv_blocked.py", "range(max(0, 1 - j), ", "range(0, ", CB),
+    ("AMX: number of the largest mixed up", "amx.py", "kmovd %k3, (%rsi)\n    kmovd %k4, 4(%rsi)",
+     "kmovd %k4, (%rsi)\n    kmovd %k3, 4(%rsi)", CB),
+    ("AMX: second and third of a window exchanged", "conv_blocked.py",
+     "place, right, place + row, right + row)", "place, place + row, right, right + row)", CB),
+    ("AMX: the same for the gradient of filters", "conv_blocked.py",
+     "p, p + 2048, p + 4096, p + 6144)", "p, p + 4096, p + 2048, p + 6144)", CB),
+    ("AMX: odd row without gradient", "conv_blocked.py",
+     "w, out_g, height, width, channels, own)", "w, out_g, rows, columns, channels, own)", CB),
+    ("AMX: neighbours of the gradient of filters mirrored", "conv_blocked.py",
+     "di, dj = neighbour // 3 - 1, neighbour % 3 - 1", "di, dj = neighbour // 3 - 1, 1 - neighbour % 3", CB),
+    ("AMX: row below a band left out", "conv_blocked.py", "min(height, end + 1)", "min(height, end)", CB),
+    ("AMX: first row of a band left out", "conv_blocked.py",
+     "range(max(begin, -di), min(end", "range(max(begin + 1, -di), min(end", CB),
+    ("AMX: gradient of filters of the last band alone", "conv_blocked.py",
+     "amx.load_block(block)", "amx.clear_block()", CB),
+    ("CPU: filters not turned", "conv_blocked.py",
+     "w_OCHW.flip(2, 3).transpose(0, 1)", "w_OCHW.transpose(0, 1)", CB),
+    # bn_gelu
+    ("numba: tilt dropped", "bn_gelu.py", "level_C[c] + tilt_C[c] * z", "level_C[c]", BG),
+    ("numba: value's polynomial for the slope's", "bn_gelu.py",
+     "SLOPE) * widen(grad_RC[r, c])\n                grad_x_RC",
+     "PHI) * widen(grad_RC[r, c])\n                grad_x_RC", BG),
+    ("numba: slope of another curve", "bn_gelu.py", "math.sqrt(2 * math.pi)", "math.sqrt(math.pi)", BG),
+    ("numba: polynomial cut short", "bn_gelu.py", "value = p[7] + s * p[8]", "value = p[7]", BG),
+    ("numba: rows of a piece's end left out", "bn_gelu.py",
+     "sum_C[c] += h\n", "sum_C[c] += h if r + 1 < min(rows, (piece + 1) * PIECE_ROWS) else 0\n", BG),
+    ("CPU: gradient of GELU's statistics in eval mode", "bn_gelu.py", "    if use_batch:\n", "    if True:\n", BG),
+    ("CPU: running variance of GELU's biased", "bn_gelu.py", "variance_C * (count / (count - 1))", "variance_C", BG),
+    # patches_gelu
+    ("AMX: upper row of a patch twice", "amx.py", "    addq {row}, %rax\n", "", PG),
+    ("AMX: patches of the first column", "patches_gelu.py", "i * row + j * channels * 2", "i * row", PG),
+    ("AMX: images after the last", "patches_gelu.py", "images - 1, rows", "images + 31, rows", PG),
+    ("AMX: bias forgotten", "patches_gelu.py", "u = block_MO[m, o] + bias_O[o]", "u = block_MO[m, o]", PG),
+    ("AMX: sum of a group goes on", "patches_gelu.py", "            sum_O[:] = 0\n", "", PG),
+    ("CPU: columns of filters before rows", "patches_gelu.py",
+     "w_OCHW.permute(0, 2, 3, 1)", "w_OCHW.permute(0, 3, 2, 1)", PG),
 )  # fmt: skip

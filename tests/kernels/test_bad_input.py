@@ -14,6 +14,7 @@ from fastcifar_kernels import (
     aggregate_weights,
     batch_statistics,
     bn_relu_weighted_sum,
+    conv_blocked,
     conv_matmul,
     scaled_copies,
     weighted_sum,
@@ -40,6 +41,8 @@ def arguments(operator) -> dict[str, Any]:
         return {"x_NCHW": normal(N, C, H, W), "coef_NK": coef_NK}
     if operator is conv_matmul:
         return {"x_NCHW": normal(N, C, H, W), "w_OCHW": normal(6, C, 3, 3)}
+    if operator is conv_blocked:
+        return {"x_GHWMC": normal(N, H, W, 32, 32), "w_OCHW": normal(32, 32, 3, 3)}
     if operator is aggregate_weights:
         return {"w_KOIHW": normal(K, C, 6, 3, 3), "coef_NK": coef_NK}
     if operator is batch_statistics:
@@ -51,10 +54,23 @@ def arguments(operator) -> dict[str, Any]:
     return maps | {"weight_KC": normal(K, C), "bias_KC": normal(K, C)} | running
 
 
-OPERATORS = weighted_sum, bn_relu_weighted_sum, aggregate_weights, scaled_copies, batch_statistics, conv_matmul
+OPERATORS = (
+    weighted_sum,
+    bn_relu_weighted_sum,
+    aggregate_weights,
+    scaled_copies,
+    batch_statistics,
+    conv_matmul,
+    conv_blocked,
+)
 EVERY = [(op, name) for op in OPERATORS for name in arguments(op)]
-FREE = ("coef_NK", 0, aggregate_weights), ("coef_NK", 1, scaled_copies), ("w_OCHW", 0, conv_matmul)
-BESIDE = [(op, name) for op, name in EVERY if name not in ("y_NKCHW", "w_KOIHW", "x_NCHW")]
+FREE = (
+    ("coef_NK", 0, aggregate_weights),
+    ("coef_NK", 1, scaled_copies),
+    ("w_OCHW", 0, conv_matmul),
+    ("w_OCHW", 0, conv_blocked),
+)
+BESIDE = [(op, name) for op, name in EVERY if name not in ("y_NKCHW", "w_KOIHW", "x_NCHW", "x_GHWMC")]
 
 
 def named(value) -> str | None:
@@ -194,7 +210,7 @@ def leaves(given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("operator", [op for op in OPERATORS if op is not batch_statistics], ids=named)
 def test_an_empty_batch_gives_nothing_and_gradients_of_zero(operator):
-    per_sample = ("y_NKCHW", "x_NCHW", "coef_NK", "residual_NCHW")
+    per_sample = ("y_NKCHW", "x_NCHW", "x_GHWMC", "coef_NK", "residual_NCHW")
     given = leaves({name: t[:0] if name in per_sample else t for name, t in arguments(operator).items()})
     rest = {"training": False} if operator is bn_relu_weighted_sum else {}
     out = operator(**given, **rest)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from fastcifar_kernels import (
     aggregate_weights,
+    amx,
     batch_statistics,
     bn_relu_weighted_sum,
     loops,
     scaled_copies,
+    verify,
     weighted_sum,
 )
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
@@ -61,6 +63,13 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
     row_norm, seed_2 = [tensor[0] for tensor in norm], torch.tensor([3, 2**32 - 1])
     w_OCHW, out_NOHW = normal(6, c, 3, 3), pixels(n, 6, h, w, dtype=dtype)
     halved_NCHW = pixels(n, c, h // 2, w // 2, seed=8, dtype=dtype)
+    x_GHWMC, filters_OCHW = normal(n, h, w, 32, 32, dtype=torch.bfloat16), normal(64, 32, 3, 3, dtype=dtype)
+    lying_OCHW = filters_OCHW.contiguous(memory_format=torch.channels_last)
+    out_GHWMO, which = normal(n, h, w, 32, 64, dtype=torch.bfloat16), torch.zeros(0, dtype=torch.int32)
+    small_GHWMO, of_four = out_GHWMO[:, ::2, ::2].contiguous(), torch.zeros(n, h // 2, w // 2, 32, 2, 2).int()
+    images_NCHW, w_O3HW, bias_O = pixels(40, 3, h, w, dtype=torch.bfloat16), normal(24, 3, 2, 2), normal(24)
+    patches_GHWMO = normal(2, h - 1, w - 1, 32, 32, dtype=torch.bfloat16)
+    x_RC, rows_norm = map_NCHW.permute(0, 2, 3, 1), (*row_norm[:2], row_norm[3])
     return {
         "weighted_sum": [(y_NKCHW, coef_NK, None), (y_NKCHW, coef_NK, map_NCHW), (y_NKCHW[:0], coef_NK[:0], None)],
         "weighted_sum_backward": [(y_NKCHW, coef_NK, grad_NCHW), (y_NKCHW[:0], coef_NK[:0], grad_NCHW[:0])],
@@ -84,9 +93,30 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
         ],
         "conv_matmul": [(map_NCHW, w_OCHW), (map_NCHW.contiguous(), w_OCHW.to(dtype))],
         "conv_matmul_backward": [(map_NCHW, w_OCHW, out_NOHW, True), (map_NCHW, w_OCHW.to(dtype), out_NOHW, False)],
+        "bn_gelu": [(x_RC, *rows_norm, 1e-5, True), (x_RC.contiguous().flatten(0, 2), *rows_norm, 1e-5, False)],
+        "bn_gelu_backward": [
+            (x_RC, *rows_norm, x_RC.flip(0), 1e-5, True),
+            (x_RC.contiguous(), *rows_norm, x_RC.flip(0), 1e-5, False),
+        ],
+        "conv_blocked": [(x_GHWMC, filters_OCHW, False), (x_GHWMC, lying_OCHW, True)],
+        "conv_blocked_backward": [
+            (x_GHWMC, lying_OCHW, which, out_GHWMO, False, True),
+            (x_GHWMC, filters_OCHW, of_four, small_GHWMO, True, False),
+        ],
+        "patches_gelu": [(images_NCHW, w_O3HW, bias_O), (images_NCHW.contiguous(), w_O3HW, bias_O.to(dtype))],
+        "patches_gelu_backward": [(images_NCHW, w_O3HW, bias_O.to(dtype), patches_GHWMO)],
         "aggregate_weights": [(w_KOIHW.to(dtype), coef_NK, dtype), (lying_KOIHW, coef_NK, dtype)],
         "aggregate_weights_backward": [(w_KOIHW, coef_NK, filters_NOIHW), (lying_KOIHW, coef_NK, filters_NOIHW)],
     }
+
+
+CONSTANT = {
+    "batch_statistics": (0,),
+    "bn_relu_weighted_sum": (2, 3),
+    "bn_relu_pool": (1, 2, 5),
+    "bn_gelu": (1, 2),
+    "patches_gelu": (0, 1),
+}
 
 
 def registered() -> set[str]:
@@ -103,10 +133,11 @@ def test_every_registered_operator_is_checked():
 @pytest.mark.parametrize("name", samples(2, 3, 8, 4, 4, torch.float32))
 def test_operator_keeps_what_it_promises_to_torch(name, dtype):
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes agree with the operator."""
+    if name.removesuffix("_backward") in verify.OF_AMX and not amx.available():
+        pytest.skip("no AMX here")
     for arguments in samples(2, 3, 8, 4, 4, dtype)[name]:
-        constant = {"batch_statistics": (0,), "bn_relu_weighted_sum": (2, 3), "bn_relu_pool": (1, 2, 5)}.get(name, ())
         asked = tuple(
-            a.detach().clone().requires_grad_(not name.endswith("_backward") and i not in constant)
+            a.detach().clone().requires_grad_(not name.endswith("_backward") and i not in CONSTANT.get(name, ()))
             if isinstance(a, Tensor)
             else a
             for i, a in enumerate(arguments)

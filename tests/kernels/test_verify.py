@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastcifar_kernels import verify
 
@@ -36,8 +38,7 @@ def test_the_loops_for_the_cpu_pass():
         "batch_statistics",
         "bn_relu_weighted_sum",
         "aggregate_weights",
-        "bn_relu_pool",
-        "conv_matmul",
+        *verify.OF_THE_CPU,
     }
     assert not [row for row in rows if not row.passed]
 
@@ -152,6 +153,24 @@ def test_a_wrong_gradient_does_not_pass():
     row = verify.judge(case(lambda tensors: (right({**tensors, "coef": Half.apply(tensors["coef"])}),)), torch.float32)
     assert row.result == "grad of coef"
     assert not row.passed
+
+
+@pytest.mark.parametrize(("off", "passes"), [(0.9 * verify.PHI_OFF, True), (4 * verify.PHI_OFF, False)])
+def test_a_gelu_that_is_further_off_than_ours_does_not_pass(off, passes):
+    def approximated(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with mock.patch.object(F, "gelu", lambda u: u * (torch.special.ndtr(u) + off)):
+            return verify.call_bn_gelu("reference", tensors, training=False)
+
+    assert verify.judge(case(approximated, "bn_gelu"), torch.float32).passed == passes
+
+
+@pytest.mark.parametrize("dtype", verify.DTYPES, ids=str)
+def test_gradients_away_from_ties_are_most_of_them(dtype):
+    """So that one which goes to the wrong pixel shows."""
+    found = next(one for one in verify.cases(SHAPE, "cpu") if (one.op, one.variant) == ("conv_blocked", "pool"))
+    given = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
+    kept = verify.away_from_ties(found, given) != 0
+    assert kept.double().mean() > 0.9
 
 
 def test_reading_outside_shows():

@@ -1,10 +1,15 @@
 """The whitened convnet: what it knows before it learns, and what it accepts."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastcifar.models.speednet import Conv, SpeedNet
+from fastcifar_kernels import amx
+
+needs_amx = pytest.mark.skipif(not amx.available(), reason="no AMX here")
 
 
 @pytest.fixture
@@ -52,3 +57,70 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 3, 20, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+# On a CPU with AMX: images in groups of 32
+
+
+def results(model: SpeedNet, x_NCHW: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The logits, in training all gradients, and every buffer after it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=x_NCHW.dtype == torch.bfloat16):
+        out_NK = model(x_NCHW).float()
+    found = {"logits": out_NK.detach()}
+    if model.training:
+        F.cross_entropy(out_NK, torch.arange(len(out_NK)) % out_NK.size(1)).backward()
+        found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | dict(model.named_buffers())
+
+
+@needs_amx
+@pytest.mark.parametrize(("images", "training"), [(64, True), (64, False), (40, False)])
+@pytest.mark.parametrize(("widths", "px"), [((32, 64, 32), 18), ((64, 32, 96), 23)])
+def test_blocked_images_give_what_images_by_themselves_do(widths, px, images, training, monkeypatch):
+    """As far from float32 as bfloat16 is by itself: half as much again is allowed, and 1 % of the whole."""
+    torch.manual_seed(0)
+    x_NCHW = torch.randn(images, 3, px, px).to(memory_format=torch.channels_last)
+    blocked = SpeedNet(7, widths)
+    blocked.fit_whitening(x_NCHW, eps=1e-3)
+    with torch.no_grad():
+        for name, tensor in blocked.state_dict().items():  # nothing at the values that it begins with
+            if name.endswith(("bias", "running_mean")):
+                tensor.normal_(std=0.3)
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+    blocked.train(training)
+    plain, exact = deepcopy(blocked), deepcopy(blocked)
+    monkeypatch.setattr(plain, "blocks_pay", lambda _: False)
+    assert blocked.blocks_pay(x_NCHW.bfloat16())
+    found, expected = (results(model, x_NCHW.bfloat16()) for model in (blocked, plain))
+    truth = results(exact, x_NCHW)
+    assert found.keys() == expected.keys() == truth.keys()
+    assert len(found) == 1 + 3 * 6 + training * (1 + 1 + 12)
+    for name, true in truth.items():
+        if name.endswith("num_batches_tracked"):
+            assert found[name] == true == training
+            continue
+        assert found[name].dtype == expected[name].dtype, name
+        assert (found[name] - true).norm() <= 1.5 * (expected[name] - true).norm() + 0.01 * true.norm(), name
+
+
+@pytest.mark.parametrize(("widths", "images", "training", "dtype"), [
+    ((32, 32, 32), 40, True, torch.bfloat16),  # what fills a group up would count for BatchNorm
+    ((32, 48, 32), 64, True, torch.bfloat16),
+    ((32, 32, 8), 64, False, torch.bfloat16),
+    ((32, 32, 32), 64, True, torch.float32),
+])  # fmt: skip
+def test_everything_else_takes_the_plain_path(widths, images, training, dtype):
+    model = SpeedNet(7, widths).train(training)
+    x_NCHW = torch.randn(images, 3, 18, 18, dtype=dtype)
+    assert not model.blocks_pay(x_NCHW)
+    assert results(model, x_NCHW)["logits"].shape == (images, 7)
+
+
+@needs_amx
+def test_blocked_images_compile_without_a_graph_break():
+    model = SpeedNet(10, (32, 32, 32)).bfloat16()
+    x_NCHW = torch.randn(32, 3, 20, 20).bfloat16()
+    assert model.blocks_pay(x_NCHW)
+    compiled = torch.compile(deepcopy(model), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x_NCHW), model(x_NCHW))
