@@ -46,7 +46,8 @@ def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
         w_OCHW: [O, C, 3, 3], O a multiple of 32; computed with in the type of `x_GHWMC`, its gradient in its own.
 
     Returns:
-        [G, H, W, 32, O], or [G, H // 2, W // 2, 32, O], contiguous, of the type of `x_GHWMC`.
+        [G, H, W, 32, O], or [G, H // 2, W // 2, 32, O], contiguous, of the type of `x_GHWMC`. The loops may
+        leave NaN out of the largest of four, where torch takes it.
 
     Raises:
         ValueError: shapes, types or devices do not belong together.
