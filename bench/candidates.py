@@ -107,7 +107,7 @@ def compare(runs: list[dict]) -> str:
         accuracies = [run["accuracy_tta"] for run in some]
         enough = len(accuracies) > 1 and len(base) > 1
         spread = f" ± {stdev(accuracies):.2%}" if enough else ""
-        p = f"{ttest_ind(accuracies, base, equal_var=False).pvalue:.3f}" if enough and name != AS_IT_IS else ""
+        p = f"{ttest_ind(accuracies, base, equal_var=False)[1]:.3f}" if enough and name != AS_IT_IS else ""
         seconds = mean(run["train_s"] for run in some)
         cells = name, len(some), f"{mean(accuracies):.2%}{spread}", f"{mean(run['accuracy'] for run in some):.2%}"
         cells += f"{mean(accuracies) - mean(base):+.2%}", p, f"{seconds:.1f} s", f"{seconds / base_s:.2f}"

@@ -303,7 +303,7 @@ def _rows(builder, values, stride, channels: int) -> list:
     """The first `channels` of each of the 32 rows as vectors."""
     kind = ir.VectorType(ir.IntType(16), channels).as_pointer()
     addresses = [builder.add(values, builder.mul(stride, ir.Constant(stride.type, row))) for row in range(GROUP)]
-    return [builder.load(builder.inttoptr(address, kind), align=32) for address in addresses]
+    return [builder.load(builder.inttoptr(address, kind), align=2) for address in addresses]
 
 
 def _pairs(builder, rows: list, channels: range) -> list:
