@@ -189,8 +189,7 @@ NUMBA = (
      "range(max(begin, -di), min(end", "range(max(begin + 1, -di), min(end", CB),
     ("AMX: gradient of filters of the last band alone", "conv_blocked.py",
      "amx.load_block(block)", "amx.clear_block()", CB),
-    ("CPU: filters not turned", "conv_blocked.py",
-     "w_OCHW.flip(2, 3).transpose(0, 1)", "w_OCHW.transpose(0, 1)", CB),
+    ("AMX: filters not turned", "conv_blocked.py", "8 - neighbour if turned", "neighbour if turned", CB),
     # bn_gelu
     ("numba: tilt dropped", "bn_gelu.py", "level_C[c] + tilt_C[c] * z", "level_C[c]", BG),
     ("numba: value's polynomial for the slope's", "bn_gelu.py",
