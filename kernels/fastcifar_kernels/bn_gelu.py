@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from fastcifar_kernels.batch_statistics import batch_statistics
 from fastcifar_kernels.layout import check_companion, check_dtype
-from fastcifar_kernels.loops import as_array, narrow, widen
+from fastcifar_kernels.loops import as_array, narrow, use_wide_vectors, widen
 
 CUT = 4.1
 DEGREE = 8
@@ -132,6 +132,7 @@ def _curve(u, p):  # pragma: no cover
 def _forward(x_RC, mean_C, scale_C, bias_C, out_RC):  # pragma: no cover
     rows, channels = x_RC.shape
     for piece in numba.prange(-(-rows // PIECE_ROWS)):
+        use_wide_vectors()
         for r in range(piece * PIECE_ROWS, min(rows, (piece + 1) * PIECE_ROWS)):
             for c in range(channels):
                 u = scale_C[c] * (widen(x_RC[r, c]) - mean_C[c]) + bias_C[c]
@@ -143,6 +144,7 @@ def _sums(x_RC, mean_C, scale_C, bias_C, grad_RC, sums_2PC):  # pragma: no cover
     """Each piece's sums of h and of h * z."""
     rows, channels = x_RC.shape
     for piece in numba.prange(-(-rows // PIECE_ROWS)):
+        use_wide_vectors()
         sum_C, product_C = np.zeros(channels, np.float32), np.zeros(channels, np.float32)
         for r in range(piece * PIECE_ROWS, min(rows, (piece + 1) * PIECE_ROWS)):
             for c in range(channels):
@@ -159,6 +161,7 @@ def _backward(x_RC, mean_C, scale_C, bias_C, grad_RC, level_C, tilt_C, grad_x_RC
     """The gradient of x; what the batch's mean and deviation pass back is level + tilt * z."""
     rows, channels = x_RC.shape
     for piece in numba.prange(-(-rows // PIECE_ROWS)):
+        use_wide_vectors()
         for r in range(piece * PIECE_ROWS, min(rows, (piece + 1) * PIECE_ROWS)):
             for c in range(channels):
                 z = widen(x_RC[r, c]) - mean_C[c]

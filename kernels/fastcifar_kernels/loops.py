@@ -4,6 +4,7 @@ Tensors of bfloat16 travel as bit patterns and are widened to float32 to be used
 float32, so widening is a shift and narrowing a rounding; both compile to a few vector instructions.
 """
 
+import llvmlite.binding
 import torch
 from llvmlite import ir
 from numba import types
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # numba keeps what it compiled by the file that a loop stands in: after a change here, delete the folders __pycache__.
+ROUNDS_TO_BFLOAT16 = llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)  # by an instruction
 PIECE_PIXELS = 64  # of one sample, handled by one thread at a time; sums of more than 64 values are sums of sums
 
 
@@ -53,15 +55,45 @@ def narrow(context, value, like):
     return None
 
 
+class _Bfloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat16)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat16)
+
+
 def _narrow_bfloat16(context, builder, signature, arguments):
     i32, i16 = ir.IntType(32), ir.IntType(16)
     value = arguments[0]
+    if ROUNDS_TO_BFLOAT16:
+        return builder.bitcast(builder.fptrunc(value, _Bfloat16()), i16)
     bits = builder.bitcast(value, i32)
     odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
     rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
     # Rounding the bits of a NaN could carry it over into an infinity.
     kept = builder.select(builder.fcmp_unordered("uno", value, value), ir.Constant(i32, 0x7FC00000), rounded)
     return builder.trunc(builder.lshr(kept, ir.Constant(i32, 16)), i16)
+
+
+@intrinsic
+def use_wide_vectors(context):
+    """Have the function that calls this vectorised with 512 bits, where the processor has them.
+
+    LLVM takes 256 by itself. With 512 BatchNorm and GELU take 0.75 of the time (bn_gelu.py).
+    """
+
+    def generate(context, builder, signature, arguments):
+        # llvmlite's own `add` knows no attributes with a value.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -21,7 +21,7 @@ from fastcifar_kernels.amx import GROUP
 from fastcifar_kernels.bn_gelu import PHI, SLOPE, _curve
 from fastcifar_kernels.conv_blocked import parts_of
 from fastcifar_kernels.layout import check_companion, check_values
-from fastcifar_kernels.loops import as_array, narrow, widen
+from fastcifar_kernels.loops import as_array, narrow, use_wide_vectors, widen
 
 CHANNELS = 32  # of the result; those without a filter are 0
 
@@ -83,6 +83,7 @@ def _forward(x_NHWC, w, bias_O, out_GHWMO, rows_PM, blocks_PMO, tiles):  # pragm
     groups, height, width, _, _ = out_GHWMO.shape
     parts = len(blocks_PMO)
     for part in numba.prange(parts):
+        use_wide_vectors()
         block_MO = blocks_PMO[part]
         amx.configure(tiles.ctypes.data)
         for g in range(part * groups // parts, (part + 1) * groups // parts):
@@ -102,6 +103,7 @@ def _to_bias(x_NHWC, w, bias_O, grad_GHWMO, sums_GO, rows_PM, blocks_PMO, tiles)
     groups, height, width, _, _ = grad_GHWMO.shape
     parts = len(blocks_PMO)
     for part in numba.prange(parts):
+        use_wide_vectors()
         block_MO, sum_O = blocks_PMO[part], np.empty(CHANNELS, np.float32)
         amx.configure(tiles.ctypes.data)
         for g in range(part * groups // parts, (part + 1) * groups // parts):
