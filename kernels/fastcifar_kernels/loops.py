@@ -45,7 +45,10 @@ def _widen_bfloat16(context, builder, signature, arguments):
 
 @intrinsic
 def narrow(context, value, like):
-    """A float32 as an element of the type that `like` has, rounded to nearest even; NaN stays NaN."""
+    """A float32 as an element of the type that `like` has, rounded to nearest even; NaN stays NaN.
+
+    Where the processor does it, subnormal numbers (below 1.2e-38) become 0.
+    """
     if value != types.float32:
         return None
     if like == types.float32:
