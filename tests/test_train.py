@@ -413,10 +413,10 @@ def test_float16_steps_as_float32_does(job):
 
 def test_a_short_budget_gets_smaller_batches():
     """0.2 ms a look: 5 min buy some 400,000 images, 60 s a fifth of that, 5 s hardly any."""
-    recipe = replace(SMALL, batch_size=1000, min_steps=100)
+    recipe = replace(SMALL, batch_size=1024, min_steps=100)
     sizes = [fit_batch_size(recipe, budget_s, look_s=2e-4) for budget_s in (300, 60, 25, 5)]
-    assert sizes == [1000, 500, 250, 125]
-    assert fit_batch_size(replace(recipe, min_steps=0), 5, look_s=2e-4) == 1000
+    assert sizes == [1024, 512, 256, 128]
+    assert fit_batch_size(replace(recipe, min_steps=0), 5, look_s=2e-4) == 1024
 
 
 def losses(setup: Setup, knots: list[Knot]) -> tuple[list[float], list[int]]:
