@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcifar.benchmarks.loaders import versions
+from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.process import physical_cores, processor, set_threads, tune_allocator
 from fastcifar.recipes import find_recipe
@@ -108,6 +109,8 @@ def step(image_px: int, bias_learns: bool) -> dict:
 
     def stepper(own_kernels: bool) -> Callable[[], tuple[float]]:
         model = build_model(replace(recipe, model=SpeedNetModel(own_kernels=own_kernels)), 10, 0)
+        assert isinstance(model, SpeedNet)
+        assert model.whiten.bias is not None
         model.fit_whitening(x_NCHW, 5e-4)
         model.whiten.bias.requires_grad_(bias_learns)
         optimizers = build_optimizers(model, recipe.optim, IMAGES)
