@@ -24,9 +24,8 @@ from fastcifar_kernels.loops import as_array, narrow, widen
 
 BLOCK = 32 * 32 * 4  # bytes of a block in float32
 TILES = 2 * 1024  # bytes of 32 images' 32 channels
-BAND_BYTES = (
-    2**20
-)  # of tiles that the gradient of the filters works on at a time: they should stay in a core's L2 cache
+# Of tiles that the gradient of the filters works on at a time: they should stay in a core's L2 cache.
+BAND_BYTES = 2**20
 
 
 def conv_blocked_reference(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
