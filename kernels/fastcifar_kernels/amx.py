@@ -10,7 +10,6 @@ straddles cache lines loads six times as slowly.
 """
 
 import ctypes
-import functools
 import os
 import platform
 from pathlib import Path
@@ -28,14 +27,7 @@ SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Lin
 ISA_WITH_AMX = ("", "ALL", "DEFAULT", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")
 
 
-@torch.compiler.assume_constant_result  # what it asks cannot be traced
-def available() -> bool:
-    """Whether this process may use AMX in bfloat16: the processor has it, Linux grants it, nobody has forbidden it."""
-    return _available()
-
-
-@functools.cache
-def _available() -> bool:
+def _ask() -> bool:
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return False
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ISA_WITH_AMX:
@@ -45,6 +37,14 @@ def _available() -> bool:
         return False
     llvmlite.binding.initialize_native_asmparser()
     return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
+
+
+_AVAILABLE = _ask()  # now, as none of it can be traced; torch's decorator for that takes 1.5 s to import
+
+
+def available() -> bool:
+    """Whether this process may use AMX in bfloat16: the processor has it, Linux grants it, nobody has forbidden it."""
+    return _AVAILABLE
 
 
 def runs(x: torch.Tensor) -> bool:

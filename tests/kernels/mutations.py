@@ -193,8 +193,7 @@ NUMBA = (
     # bn_gelu
     ("numba: tilt dropped", "bn_gelu.py", "level_C[c] + tilt_C[c] * z", "level_C[c]", BG),
     ("numba: value's polynomial for the slope's", "bn_gelu.py",
-     "SLOPE) * widen(grad_RC[r, c])\n                grad_x_RC",
-     "PHI) * widen(grad_RC[r, c])\n                grad_x_RC", BG),
+     "SLOPE) * widen(grad_RC[r, c])\n", "PHI) * widen(grad_RC[r, c])\n", BG),
     ("numba: slope of another curve", "bn_gelu.py", "math.sqrt(2 * math.pi)", "math.sqrt(math.pi)", BG),
     ("numba: polynomial cut short", "bn_gelu.py", "value = p[7] + s * p[8]", "value = p[7]", BG),
     ("numba: rows of a piece's end left out", "bn_gelu.py",

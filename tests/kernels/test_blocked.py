@@ -210,13 +210,23 @@ def test_onednn_and_the_loops_leave_each_other_alone():
 
 
 def test_bn_gelu_in_bfloat16_is_float32_rounded_to_nearest_at_the_end():
-    given = arguments(bn_gelu)
-    found, wide = (
-        results(bn_gelu, given | {"x_RC": given["x_RC"].to(dtype)}, grad=normal(2, 4, 5, 32, 32).bfloat16().to(dtype))
-        for dtype in (torch.bfloat16, torch.float32)
+    """But for the gradients, of which h, that before the normalisation, is rounded as well."""
+    given, grad = arguments(bn_gelu), normal(2, 4, 5, 32, 32).bfloat16()
+    wide = given | {"x_RC": given["x_RC"].float()}
+    (out, grad_x, grad_bias, *found), (expected_out, expected_x, expected_bias, *expected) = (
+        results(bn_gelu, given, grad),
+        results(bn_gelu, wide, grad.float()),
     )
-    for narrow, expected in zip(found, wide, strict=True):
-        torch.testing.assert_close(narrow, expected.to(narrow.dtype), rtol=1e-5, atol=1e-5)
+    for narrow, rounded in zip((out, *found), (expected_out, *expected), strict=True):
+        torch.testing.assert_close(narrow, rounded.to(narrow.dtype), rtol=1e-5, atol=1e-5)
+    rows = wide["x_RC"].flatten(0, -2)
+    constant = {"running_mean_C": rows.mean(0), "running_var_C": rows.var(0, unbiased=False)}
+    h = results(bn_gelu, wide | constant, grad.float(), training=False)[1].flatten(0, -2).abs()  # times the scale
+    z = (rows - rows.mean(0)).abs() / rows.std(0, unbiased=False)
+    half_a_bit = 2**-8  # of a value
+    assert ((grad_bias - expected_bias).abs() <= half_a_bit * (h * rows.std(0, unbiased=False)).sum(0)).all()
+    missed, expected_x = (grad_x.float() - expected_x).flatten(0, -2).abs(), expected_x.flatten(0, -2).abs()
+    assert (missed <= half_a_bit * (1.01 * expected_x + h + h.mean(0) + z * (h * z).mean(0)) + 1e-6).all()
 
 
 # What they compute

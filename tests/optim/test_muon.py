@@ -45,15 +45,17 @@ def test_zero_gradient_moves_nothing():
     assert orthogonalize(torch.zeros(4, 9), 3).abs().max() == 0
 
 
-def test_step_is_nesterov_orthogonalised_renormalised():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grad_layout", [torch.contiguous_format, torch.channels_last])
+def test_step_is_nesterov_orthogonalised_renormalised(layout, grad_layout):
     generator = torch.Generator().manual_seed(2)
-    weight = torch.nn.Parameter(torch.randn(8, 3, 3, 3, generator=generator))
+    weight = torch.nn.Parameter(torch.randn(8, 3, 3, 3, generator=generator).to(memory_format=layout))
     optimizer = Muon([weight], lr=0.1, momentum=0.6)
     expected, velocity = weight.detach().clone(), torch.zeros_like(weight)
     for _ in range(3):
-        weight.grad = torch.randn(weight.shape, generator=generator)
+        weight.grad = torch.randn(weight.shape, generator=generator).to(memory_format=grad_layout)
         velocity = 0.6 * velocity + weight.grad
-        update = orthogonalize((weight.grad + 0.6 * velocity).flatten(1), 3).view_as(weight)
+        update = orthogonalize((weight.grad + 0.6 * velocity).flatten(1), 3).view(weight.shape)
         expected = expected * (8**0.5 / expected.norm()) - 0.1 * update.float()
         optimizer.step()
         torch.testing.assert_close(weight.detach(), expected)
