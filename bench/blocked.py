@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcifar.benchmarks.loaders import versions
+from fastcifar.models.build import build_model
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.process import physical_cores, processor, set_threads, tune_allocator
 from fastcifar.recipes import find_recipe
 from fastcifar.run import source_commit
 from fastcifar.settings import SpeedNetModel
-from fastcifar.setup import build_model
 from fastcifar_kernels import amx, conv_blocked
 
 IMAGES, ROUNDS = 1024, 9

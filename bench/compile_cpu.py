@@ -21,8 +21,9 @@ from fastcifar.display import Display  # noqa: E402
 from fastcifar.job import Job  # noqa: E402
 from fastcifar.recipes import NAMED  # noqa: E402
 from fastcifar.report import processor  # noqa: E402
+from fastcifar.resize import resize  # noqa: E402
 from fastcifar.run import source_commit  # noqa: E402
-from fastcifar.setup import resize, set_up  # noqa: E402
+from fastcifar.setup import set_up  # noqa: E402
 from fastcifar.train import train_step  # noqa: E402
 
 STEPS = 9

@@ -26,9 +26,10 @@ from fastcifar.loaders.loader import Loader
 from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import find_recipe
 from fastcifar.report import png
+from fastcifar.resize import resize
 from fastcifar.result import installed
 from fastcifar.run import source_commit, write_atomically
-from fastcifar.setup import Setup, resize, set_up
+from fastcifar.setup import Setup, set_up
 from fastcifar.train import train_step
 
 RECIPE = "speed"

@@ -18,7 +18,8 @@ from fastcifar.devices import out_of_memory_named, synchronize
 from fastcifar.display import Display
 from fastcifar.errors import DeviceError
 from fastcifar.job import Job
-from fastcifar.setup import Setup, resize
+from fastcifar.resize import resize
+from fastcifar.setup import Setup
 from fastcifar.train import train_step
 
 WARM_UP, STEPS = 2, 5

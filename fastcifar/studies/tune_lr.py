@@ -18,8 +18,9 @@ import torch
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError
 from fastcifar.job import Job
+from fastcifar.resize import resize
 from fastcifar.settings import Optim, SpeedOptim
-from fastcifar.setup import Setup, resize
+from fastcifar.setup import Setup
 from fastcifar.train import train_step
 
 STEPS = 120

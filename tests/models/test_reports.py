@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from fastcifar.models.build import build_model
 from fastcifar.models.dynamicnet import ChannelMean
 from fastcifar.recipes import NAMED
-from fastcifar.setup import build_model
 
 # Written down by layer: weights + biases, and for each BatchNorm a scale and a shift.
 PARAMETERS = {
