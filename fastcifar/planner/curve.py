@@ -1,0 +1,70 @@
+"""Accuracy against training, for the recipes that a budget may be spent on: curves through measured trainings.
+
+`curves.json` holds them, for each data set and recipe, with the trainings they go through; `bench/curves.py` writes it.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+TEST_IMAGES = 10_000
+TWO_SIDED_95 = 1.96
+BEYOND = 0.1  # share of the error by which a curve may be off for each doubling beyond its longest training
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The error rate falls from guessing (`start`) to `floor`, halfway there after `half` epochs.
+
+    error(epochs) = floor + (start - floor) / (1 + (epochs / half) ** power)
+
+    Args:
+        spread: standard deviation of trainings around the curve, as a share of the error.
+        longest: epochs of the longest training beneath it.
+    """
+
+    start: float
+    floor: float
+    half: float
+    power: float
+    spread: float
+    longest: float
+
+    def error(self, epochs: float) -> float:
+        return self.floor + (self.start - self.floor) / (1 + (epochs / self.half) ** self.power)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The accuracy on the test images, 0..1, and an interval that is to hold 95 of 100 trainings."""
+
+    accuracy: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def expect(curve: Curve, epochs: float, pace_error: float) -> Expectation:
+    """What so many epochs come to.
+
+    Args:
+        pace_error: by what share the epochs may turn out more or fewer.
+    """
+    error = curve.error(epochs)
+    # Seed and fit; which 10,000 images are asked; how many epochs it will be.
+    chance = math.sqrt(error * (1 - error) / TEST_IMAGES)
+    pace = (curve.error(epochs * (1 - pace_error)) - curve.error(epochs * (1 + pace_error))) / 2 / TWO_SIDED_95
+    reach = TWO_SIDED_95 * math.hypot(curve.spread * error, chance, pace)
+    reach += BEYOND * max(0.0, math.log2(max(epochs, curve.longest) / curve.longest)) * error
+    return Expectation(1 - error, 1 - error - reach, min(1.0, 1 - error + reach))
+
+
+@cache
+def load_curves(dataset: str) -> dict[str, Curve]:
+    """The curves of a data set by the name of the recipe; none if there are none."""
+    content = json.loads((files("fastcifar.planner") / "curves.json").read_text())
+    return {name: Curve(**entry["curve"]) for name, entry in content.get(dataset, {}).items()}

@@ -1,0 +1,189 @@
+"""What a budget is spent on: curves, the rates of this machine, and the choice between recipes."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastcifar.evaluate import looks_an_image
+from fastcifar.planner import choose as planner
+from fastcifar.planner.choose import LADDER, arithmetic, choose, fit_batch_size
+from fastcifar.planner.curve import Curve, expect, load_curves
+from fastcifar.planner.rates import Rates, fastest_dtype, measure_rates
+from fastcifar.recipes import find_recipe
+from fastcifar.settings import SpeedNetModel, Stage
+
+CPU = torch.device("cpu")
+CURVES = st.builds(
+    Curve,
+    start=st.just(0.9),
+    floor=st.floats(0.01, 0.3),
+    half=st.floats(0.05, 5),
+    power=st.floats(0.5, 2),
+    spread=st.floats(0.001, 0.1),
+    longest=st.floats(1, 30),
+)
+
+
+@given(CURVES, st.floats(0.01, 1000), st.floats(0.01, 1000))
+def test_more_training_is_expected_to_be_better_and_never_leaves_its_interval(curve, some, more):
+    some, more = sorted((some, more))
+    assert curve.error(some) >= curve.error(more) >= curve.floor
+    seen = expect(curve, some, pace_error=0.15)
+    assert seen.low < seen.accuracy < seen.high <= 1
+
+
+def test_the_interval_holds_95_of_100_trainings():
+    """Simulated: seeds scatter by the spread, the epochs by the pace, and 10,000 images are drawn."""
+    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, longest=8.0)
+    seen = expect(curve, 8.0, pace_error=0.15)
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(4000, 2, generator=generator)
+    errors = [curve.error(8.0 * (1 + 0.15 / 1.96 * pace)) * (1 + curve.spread * seed) for pace, seed in normal.tolist()]
+    counted = torch.binomial(torch.full((4000,), 10_000.0), torch.tensor(errors), generator=generator) / 10_000
+    inside = ((counted >= 1 - seen.high) & (counted <= 1 - seen.low)).float().mean().item()
+    assert 0.93 <= inside <= 0.97
+
+
+def test_the_interval_grows_beyond_the_longest_training():
+    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, longest=8.0)
+    widths = [(seen.high - seen.low) / (1 - seen.accuracy) for seen in (expect(curve, e, 0.15) for e in (8, 16, 32))]
+    assert widths[0] + 0.15 < widths[1] < widths[2] - 0.15
+
+
+def test_the_curves_of_the_repository_are_read():
+    for dataset in ("cifar10", "cifar100"):
+        curves = load_curves(dataset)
+        assert set(curves) <= set(LADDER)
+        assert {"speed"} <= set(curves)
+    assert load_curves("shapes10") == {}
+
+
+def fake_rates(monkeypatch, speed: float) -> list[str]:
+    """A machine that computes `speed` operations a second, and the recipes that were measured on it."""
+    measured = []
+
+    def rates(recipe, classes, device, budget_s):
+        measured.append(recipe)
+        image_s = 3 * arithmetic(recipe) / speed
+        return Rates(step_s=0.0, image_s={20: 0.4 * image_s, 32: image_s}, look_s=image_s / 3, first_s=0.0)
+
+    monkeypatch.setattr(planner, "measure_rates", rates)
+    monkeypatch.setattr(planner, "fastest_dtype", lambda *_: "bfloat16")
+    return measured
+
+
+def plan(budget_s: float):
+    return choose("cifar10", 50_000, 10, CPU, budget_s, lambda: 2.0)
+
+
+def test_a_larger_budget_expects_more_and_takes_no_smaller_network(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    choices = [plan(budget_s)[0] for budget_s in (15, 60, 300, 900, 3600)]
+    expected = [choice.expected.accuracy for choice in choices if choice.expected]
+    assert expected == sorted(expected)
+    places = [LADDER.index(choice.name) for choice in choices]
+    assert places == sorted(places)
+    assert places[0] < places[-1]
+    for choice in choices:
+        assert choice.train_s < 3600
+        assert choice.steps == pytest.approx(choice.epochs * 50_000 / choice.recipe.batch_size, abs=1)
+
+
+def test_training_and_evaluation_fill_the_budget(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    best = plan(300)[0]
+    evaluation_s = best.rates.look_s * 10_000 * looks_an_image(best.recipe.tta)
+    assert best.train_s + evaluation_s == pytest.approx(300 - 2 - planner.SETUP_S - planner.REPORT_S)
+    assert best.epochs == pytest.approx(best.train_s / best.rates.mean_image_s(best.recipe) / 50_000)
+
+
+def test_what_cannot_win_is_not_measured(monkeypatch):
+    measured = fake_rates(monkeypatch, speed=1e11)
+    plan(15)
+    assert len(measured) == 1
+    measured.clear()
+    plan(100_000)
+    assert len(measured) == len(load_curves("cifar10"))
+
+
+def test_the_best_comes_first(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    expected = [choice.expected.accuracy for choice in plan(600) if choice.expected]
+    assert len(expected) > 1
+    assert expected == sorted(expected, reverse=True)
+
+
+def test_a_data_set_without_curves_gets_speed_and_no_promise(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    [only] = choose("shapes10", 50_000, 10, CPU, 60.0, lambda: 2.0)
+    assert only.name == "speed"
+    assert only.expected is None
+
+
+def test_few_images_get_smaller_batches():
+    recipe = find_recipe("speed")
+    assert [fit_batch_size(recipe, images) for images in (400_000, 80_000, 30_000, 2_000)] == [1024, 512, 256, 128]
+    assert fit_batch_size(replace(recipe, min_steps=0), 2_000) == 1024
+
+
+def test_arithmetic_grows_with_the_channels():
+    """SpeedNet of 64, 256, 256 channels: 118 M multiplications and as many additions (LOG.md, the first recipe)."""
+    assert arithmetic(find_recipe("speed")) == pytest.approx(2 * 118e6, rel=0.02)
+    counted = [arithmetic(find_recipe(name)) for name in LADDER]
+    assert counted == sorted(counted)
+
+
+@settings(max_examples=20)
+@given(st.floats(1e-5, 1e-2), st.floats(1e-5, 1e-2), st.floats(0, 1))
+def test_a_mean_image_lies_between_its_stages(small_s, large_s, step_s):
+    recipe = replace(find_recipe("speed"), stages=(Stage(20, 0.5), Stage(26, 0.7), Stage(32, 1.0)))
+    rates = Rates(step_s, {20: min(small_s, large_s), 32: max(small_s, large_s)}, look_s=0.0, first_s=0.0)
+    each_s = step_s / recipe.batch_size
+    assert rates.at(20) <= rates.at(26) * (1 + 1e-9)
+    assert rates.at(20) * (1 - 1e-9) <= rates.mean_image_s(recipe) - each_s <= rates.at(32) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [2, 40, 256])
+def test_rates_are_measured(batch_size):
+    recipe = replace(find_recipe("speed"), model=SpeedNetModel(widths=(32, 32, 32)), batch_size=batch_size)
+    rates = measure_rates(recipe, classes=10, device=CPU, budget_s=60)
+    assert all(math.isfinite(seconds) and seconds > 0 for seconds in (*rates.image_s.values(), rates.look_s))
+    assert set(rates.image_s) == {20, 32}
+    assert rates.step_s >= 0
+
+
+def test_a_cpu_without_instructions_for_bfloat16_trains_in_float32():
+    """oneDNN may be told which instructions there are; without those for bfloat16 it takes ten times as long."""
+    code = (
+        "import torch; from fastcifar.planner.rates import fastest_dtype; from fastcifar.recipes import find_recipe;"
+        "print(fastest_dtype(find_recipe('speed'), 10, torch.device('cpu')))"
+    )
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        check=True,
+    )
+    assert done.stdout.strip() == "float32"
+    assert fastest_dtype(find_recipe("speed"), 10, CPU) in ("bfloat16", "float32")
+
+
+def test_plan_says_what_train_would_do():
+    words = ["plan", "--budget", "3min", "--device", "cpu", "--json"]
+    done = subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout.splitlines()[-1])[0]
+    assert best["name"] in done.stdout.splitlines()[0]
+    assert best["recipe"]["batch_size"] in (128, 256, 512, 1024)
+    assert 0 <= best["expected"]["low"] < best["expected"]["accuracy"] < best["expected"]["high"] <= 1
+    assert 0 < best["train_s"] < 180
