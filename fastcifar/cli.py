@@ -13,10 +13,13 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from fastcifar.budget import parse_duration
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
 from fastcifar.parsers import STUDIES, parse, read_job
 from fastcifar.recipes import NAMED, find_recipe
+
+TRAINING_IMAGES = 50_000  # of every data set
 
 
 def main(words: list[str] | None = None) -> int:
@@ -48,6 +51,7 @@ def run(words: list[str], started_s: float) -> int:
     arguments = parse(words)
     verbs = {
         "train": train,
+        "plan": plan,
         "eval": evaluate,
         "data": data,
         "recipes": recipes,
@@ -90,6 +94,22 @@ def train(chosen: Namespace, started_s: float) -> int:
     print_result(result, folder.path)
     if chosen.json:
         print(json.dumps(result))
+    return EXIT_DONE
+
+
+def plan(chosen: Namespace, started_s: float) -> int:
+    budget_s = parse_duration(chosen.budget)
+    prepare_process()
+    from fastcifar.devices import pick_device
+    from fastcifar.display import print_plan
+    from fastcifar.planner.choose import choose
+
+    classes = 100 if chosen.dataset == "cifar100" else 10
+    where = {"images": TRAINING_IMAGES, "classes": classes, "device": pick_device(chosen.device)}
+    choices = choose(chosen.dataset, **where, budget_s=budget_s, spent_s=lambda: time.monotonic() - started_s)
+    print_plan(choices, chosen.budget)
+    if chosen.json:
+        print(json.dumps([asdict(choice) for choice in choices]))
     return EXIT_DONE
 
 

@@ -3,12 +3,17 @@
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from fastcifar.planner.choose import Choice
 
 TIMES = (("compiling", "compile_s"), ("training", "train_s"), ("evaluation", "eval_s"))
 
@@ -114,6 +119,38 @@ def print_result(result: dict, folder: Path) -> None:
             ),
             ("report", str(folder / "report.html")),
         ]
+    )
+
+
+def print_plan(choices: Sequence["Choice"], budget: str) -> None:
+    """`fastcifar plan`: what the first one, the best, is made of, then all of them."""
+    best = choices[0]
+    recipe, model = best.recipe, best.recipe.model
+    stages = ", ".join(f"{stage.image_px} pixels until {stage.until:.0%}" for stage in recipe.stages)
+    rows = [
+        ("recipe", f"{best.name}, {recipe.dtype}: " + ", ".join(f"{k} {v}" for k, v in asdict(model).items())),
+        ("training", f"{best.epochs:.2f} epochs, {best.steps} steps of {recipe.batch_size} in {best.train_s:.0f} s"),
+        ("images", stages),
+        ("second look", f"at {recipe.tta.share:.0%} of the test images"),
+    ]
+    if best.expected:
+        rows.append(("accuracy", f"{best.expected}, with the second look"))
+    print_table([*rows, ("to do it", f"fastcifar train --budget {budget}"), ("", "")])
+    headings = "measured", "images/s, 20 px", "32 px", "epochs", "accuracy, 95 of 100"
+    print_columns(
+        headings,
+        [
+            (
+                choice.name,
+                *(
+                    f"{1 / (choice.rates.at(image_px) + choice.rates.step_s / recipe.batch_size):,.0f}"
+                    for image_px in (20, 32)
+                ),
+                f"{choice.epochs:.2f}",
+                str(choice.expected or "not measured"),
+            )
+            for choice in choices
+        ],
     )
 
 

@@ -3,7 +3,7 @@
 Shapes: N images, B of a batch, C channels, H rows, W columns, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastcifar.loaders.loader import Loader
 from fastcifar.settings import Tta
 
 CONFUSIONS = 10  # pairs of classes worth naming
+EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,17 @@ def top_confusions(confusion_KK: np.ndarray, names: tuple[str, ...]) -> list[tup
     order = np.argsort(-wrong_KK, axis=None, kind="stable")[:CONFUSIONS]
     pairs = [divmod(int(cell), len(names)) for cell in order]
     return [(names[t], names[p], int(wrong_KK[t, p])) for t, p in pairs if wrong_KK[t, p]]
+
+
+def looks_an_image(tta: Tta) -> float:
+    """How often `evaluate` has the model look at an image, on average."""
+    return 1 + (6 if tta.shift_px else 2) * tta.share
+
+
+def fit_tta(tta: Tta, look_s: float, images: int, budget_s: float) -> Tta:
+    """The same for as many images as a budget has time to look at again, a look taking `look_s` seconds."""
+    affordable = EVALUATION_SHARE * budget_s / look_s / images - 1
+    return replace(tta, share=min(tta.share, max(0.0, affordable / (looks_an_image(replace(tta, share=1.0)) - 1))))
 
 
 class Judgement(NamedTuple):

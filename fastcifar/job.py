@@ -8,6 +8,7 @@ from fastcifar.errors import UsageError
 from fastcifar.settings import Recipe
 
 HELD_OUT = 5000  # training images kept aside for --target, --patience and --validate
+AUTO = "auto"  # the recipe that the planner chooses for a budget
 TRACKERS = ("tensorboard", "mlflow")
 LIMITS = ("budget", "plan", "steps", "epochs")  # the first one set counts
 
@@ -17,7 +18,7 @@ class Job:
     """How long it trains: `budget`, else `plan`, else `steps`, else the recipe's epochs.
 
     Args:
-        recipe: its name.
+        recipe: its name, or AUTO.
         settings: the recipe itself, overrides included.
         data: where the data set is; None looks in the usual places.
         budget: wall-clock from process start to result.json, such as "5min".
@@ -71,6 +72,10 @@ class Job:
     @property
     def budget_s(self) -> float | None:
         return parse_duration(self.budget) if self.budget else None
+
+    @property
+    def planned(self) -> bool:
+        return self.recipe == AUTO
 
     @property
     def trackers(self) -> list[str]:

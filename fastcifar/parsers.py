@@ -10,13 +10,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from fastcifar import __version__
 from fastcifar.budget import Knot
 from fastcifar.errors import UsageError
-from fastcifar.job import Job
+from fastcifar.job import AUTO, Job
 from fastcifar.recipes import find_named, find_recipe
 from fastcifar.settings import Recipe
 
 DATASETS = Literal["cifar10", "cifar100", "shapes10"]
 LOADERS = Literal["resident", "ffcv", "dali", "torch"]
-DEFAULT_RECIPE = "speed"
+DEFAULT_RECIPE = "speed"  # without a budget, or when one of its fields is given
 STUDIES = {  # which have parsers of their own, in studies/
     "ablate": "what each part of a recipe is worth, or which value of a field is best",
     "reproduce": "train the recipes of the reports, beside what was reported",
@@ -42,13 +42,15 @@ def read_job(chosen: Namespace) -> Job:
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} cannot both say how long to train.", f"only {limits[0]}")
     recipe = {field.name: chosen[field.name] for field in fields(Recipe) if field.name != "epochs"}
-    found = find_recipe(chosen.recipe, chosen.as_reported)
-    epochs = found.epochs if chosen.epochs is None else chosen.epochs
+    found = find_recipe(DEFAULT_RECIPE if chosen.recipe == AUTO else chosen.recipe, chosen.as_reported)
+    settings = Recipe(**recipe, epochs=found.epochs if chosen.epochs is None else chosen.epochs)  # type: ignore[arg-type]
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
     if chosen.data is not None:
         job["data"] = chosen.data.expanduser().absolute()  # config.yaml may be read from another folder
-    return Job(settings=Recipe(**recipe, epochs=epochs), **job)  # type: ignore[arg-type]
+    if chosen.recipe == AUTO and not (chosen.budget and settings == found):
+        job["recipe"] = DEFAULT_RECIPE
+    return Job(settings=settings, **job)  # type: ignore[arg-type]
 
 
 def build_parser(words: list[str]) -> ArgumentParser:
@@ -61,6 +63,7 @@ def build_parser(words: list[str]) -> ArgumentParser:
     )
     verbs = parser.add_subcommands()
     verbs.add_subcommand("train", train_parser(words), help="train a model, inside a wall-clock budget if one is given")
+    verbs.add_subcommand("plan", plan_parser(), help="what a budget would be spent on here, and what to expect of it")
     verbs.add_subcommand(
         "eval", eval_parser(), help="evaluate a trained run: accuracy, precision, recall, F1, confusions"
     )
@@ -73,6 +76,18 @@ def build_parser(words: list[str]) -> ArgumentParser:
         verbs.add_subcommand(verb, ArgumentParser(exit_on_error=False), help=help)
     verbs.add_subcommand("verify-kernels", verify_parser(), help="do the kernels agree with float64, on this machine?")
     verbs.add_subcommand("doctor", ArgumentParser(exit_on_error=False), help="what works on this machine, and why not")
+    return parser
+
+
+def plan_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Measure this machine for a few seconds and say what `train --budget` would do.",
+    )
+    parser.add_argument("--budget", type=str, required=True, help="wall-clock: 90s, 5min, 1h30m")
+    parser.add_argument("--dataset", type=DATASETS, default="cifar10", help="what to train on")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--json", action="store_true", help="print everything on one line, the last of stdout")
     return parser
 
 
@@ -153,7 +168,12 @@ def train_parser(words: list[str]) -> ArgumentParser:
         description="Train a model. Any field of the recipe can be overridden by its dotted name.",
     )
     parser.add_argument("--config", action="config", help="a YAML file of these flags, such as runs/NAME/config.yaml")
-    parser.add_argument("--recipe", type=str, default=DEFAULT_RECIPE, help="see `fastcifar recipes list`")
+    parser.add_argument(
+        "--recipe",
+        type=str,
+        default=AUTO,
+        help=f"see `fastcifar recipes list`; auto: what a --budget buys most with, else {DEFAULT_RECIPE}",
+    )
     parser.add_argument(
         "--as_reported", action="store_true", help="with the hyperparameters of the report that the recipe comes from"
     )
@@ -221,5 +241,5 @@ def named_recipe(words: list[str]) -> tuple[str, bool]:
 
         read = yaml.safe_load(known.config.read_text())
         content = read if isinstance(read, dict) else {}
-    name = known.recipe or content.get("recipe", DEFAULT_RECIPE)
-    return name, known.as_reported or bool(content.get("as_reported"))
+    name = known.recipe or content.get("recipe", AUTO)
+    return DEFAULT_RECIPE if name == AUTO else name, known.as_reported or bool(content.get("as_reported"))

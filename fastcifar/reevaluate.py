@@ -10,9 +10,10 @@ from fastcifar.errors import UsageError
 from fastcifar.evaluate import evaluate, top_confusions
 from fastcifar.job import Job
 from fastcifar.loaders.feed import open_feed
+from fastcifar.models.build import build_model
 from fastcifar.process import physical_cores
 from fastcifar.run import RunFolder
-from fastcifar.setup import EVALUATION_BATCH, build_model, open_dataset
+from fastcifar.setup import EVALUATION_BATCH, open_dataset
 
 
 def reevaluate(run: Path, job: Job, display: Display) -> dict:

@@ -1,5 +1,6 @@
 """result.json: what a finished run says of itself."""
 
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -33,7 +34,7 @@ def describe_result(
         "dataset": dataset.name,
         "data_verified": dataset.verified,
         "fallback_from": None if dataset.name == job.dataset else job.dataset,
-        "recipe": job.recipe,
+        "recipe": setup.name,
         "as_reported": job.as_reported,
         "loader": setup.feed.name,
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
@@ -49,6 +50,7 @@ def describe_result(
         "val_acc": val_acc,
         **evaluation.summary(),
         "tta_share": tta.share,
+        "expected_acc_tta": asdict(setup.choice.expected) if setup.choice and setup.choice.expected else None,
         "params": sum(weight.numel() for weight in setup.model.parameters()),
         "peak_memory_bytes": peak_memory_bytes(setup.device),
         "torch": torch.__version__,

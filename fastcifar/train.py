@@ -20,25 +20,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from fastcifar.budget import Knot, Pace, stage_at
+from fastcifar.budget import REPORT_S, Knot, Pace, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
-from fastcifar.evaluate import evaluate
+from fastcifar.evaluate import evaluate, fit_tta, looks_an_image
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.looks import Looks
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.report import write_report
+from fastcifar.resize import resize
 from fastcifar.result import describe_result
 from fastcifar.run import Checkpoint, Metrics, RunFolder
 from fastcifar.settings import ClassicOptim, Recipe, Tta
-from fastcifar.setup import Setup, resize, set_up
+from fastcifar.setup import Setup, set_up
 from fastcifar.track import Tracking, check_trackers
 
 CHECKPOINT_EVERY_S = 30.0
-REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
-EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
+REPORT_IMPORTS = 0.6  # report.html takes half as long as Python and all imports did, on whatever machine
 
 
 @dataclass
@@ -58,22 +58,27 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
 
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
+    imports_s = time.monotonic() - started_s
     check_trackers(job)
     interrupts = Interrupts()
     checkpoint = folder.read_checkpoint() if resume else None
     if checkpoint is not None:
         started_s -= checkpoint.spent_s
     # The weights that a checkpoint brings replace those that the recipe begins with.
-    setup = set_up(replace(job, settings=job.settings.from_scratch()) if checkpoint else job, display)
-    recipe = replace(setup.recipe, min_steps=0, model=job.settings.model)
-    display.say(f"{setup.dataset.title}, recipe {job.recipe}, on {setup.device}: {folder.path}")
+    fresh = replace(job, settings=job.settings.from_scratch()) if checkpoint else job
+    setup = set_up(fresh, display, spent_s=lambda: time.monotonic() - started_s)
+    recipe = replace(setup.recipe, min_steps=0)
+    if not setup.choice:
+        recipe = replace(recipe, model=job.settings.model)
+    display.say(f"{setup.dataset.title}, recipe {setup.name}, on {setup.device}: {folder.path}")
     if setup.feed.pack is not None:
         display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")
 
     cost_s = setup.look_s * HELD_OUT
     looks = Looks(setup.held_out_loader, len(setup.loader), cost_s, target=job.target, patience=job.patience)
     if job.budget_s is not None:
-        deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta)
+        report_s = max(REPORT_S, REPORT_IMPORTS * imports_s)
+        deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta, report_s)
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
             refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1))
         recipe = replace(recipe, tta=tta)
@@ -82,7 +87,14 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)])
     # What is resumed or repeated later keeps the data set, batch size and second look that were settled on now.
-    lasting = replace(job, settings=recipe, dataset=setup.dataset.name, fallback_dataset=None, loader=setup.feed.name)
+    lasting = replace(
+        job,
+        recipe=setup.name,
+        settings=recipe,
+        dataset=setup.dataset.name,
+        fallback_dataset=None,
+        loader=setup.feed.name,
+    )
     folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
     metrics = Metrics(folder, position.step)
@@ -212,14 +224,11 @@ def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
     return row
 
 
-def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:
+def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta, report_s: float) -> tuple[float, Tta]:
     """(when training must end for the evaluation to be done in time, the images there is time to look at again)"""
     images = len(setup.test_loader.labels_N)
-    views = 6 if tta.shift_px else 2
-    affordable = (EVALUATION_SHARE * budget_s / setup.look_s / images - 1) / views
-    tta = replace(tta, share=min(tta.share, max(0.0, affordable)))
-    ending_s = setup.look_s * images * (1 + views * tta.share) + REPORT_S
-    return started_s + budget_s - ending_s, tta
+    tta = fit_tta(tta, setup.look_s, images, budget_s)
+    return started_s + budget_s - setup.look_s * images * looks_an_image(tta) - report_s, tta
 
 
 def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
