@@ -280,13 +280,21 @@ def _default_folder(dataset: Dataset, format: str) -> Path:
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises UsageError: `folder` is there, and it is not a pack or not only that. It would be lost."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UsageError(f"--out is {folder}, which is a file; a pack is a folder.")
-    ours = {ABOUT, *(name for each in _FORMATS.values() for name in each.files)} if is_pack(folder) else set()
-    if others := sorted(path.name for path in folder.iterdir() if path.name not in ours):
-        raise UsageError(f"--out is {folder}, which holds {others[0]}, no part of a pack. Name a new folder.")
+    while True:
+        try:
+            before = folder.stat()
+            if not folder.is_dir():
+                raise UsageError(f"--out is {folder}, which is a file; a pack is a folder.")
+            ours = {ABOUT, *(name for each in _FORMATS.values() for name in each.files)} if is_pack(folder) else set()
+            others = sorted(set(os.listdir(folder)) - ours)
+            after = folder.stat()
+        except FileNotFoundError:
+            return
+        if not others:
+            return
+        # Another writer may put its pack in the place of the one that is being looked at.
+        if (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns):
+            raise UsageError(f"--out is {folder}, which holds {others[0]}, no part of a pack. Name a new folder.")
 
 
 def _sweep(folder: Path) -> None:

@@ -660,6 +660,33 @@ def test_kill_while_writing(last, good, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"pack", "mine.part"}
 
 
+def test_a_pack_may_go_while_another_writer_looks_at_it(pack, monkeypatch):
+    def listdir(folder, ask=os.listdir):
+        shutil.rmtree(pack.folder)
+        return ask(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    write_pack(shapes10.generate(50, 20), pack.format, pack.folder)
+    assert open_pack(pack.folder).about["digests"] == shapes10.generate(50, 20).digests
+
+
+def test_a_pack_may_be_replaced_while_another_writer_looks_at_it(pack, good, monkeypatch):
+    looked = []
+
+    def between_two_packs(folder, ask=is_pack):
+        looked.append(folder)
+        if len(looked) > 1:
+            return ask(folder)
+        shutil.rmtree(folder)
+        shutil.copytree(good.folder, folder)
+        return False
+
+    monkeypatch.setattr(pack_module, "is_pack", between_two_packs)
+    write_pack(shapes10.generate(50, 20), pack.format, pack.folder)
+    assert looked == [pack.folder] * 2
+    assert open_pack(pack.folder).about["digests"] == shapes10.generate(50, 20).digests
+
+
 def test_writers_may_write_at_once(good, tmp_path):
     code = """for _ in range(5):
             write_pack(shapes10.generate(50, 20), sys.argv[1], pathlib.Path(sys.argv[2]))
