@@ -5,6 +5,7 @@ a step makes: 1 / steps when the number of steps is given, else whatever the mea
 budget.
 """
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,16 @@ def parse_duration(text: str) -> float:
     if total_s <= 0:
         raise UsageError(f"--budget: {text!r} is no time at all.", "--budget 5min")
     return total_s
+
+
+def refuse_hopeless(budget_s: float, left_s: float) -> None:
+    """Raise UsageError if less than a fifth of the budget is left to train."""
+    if left_s < 0.2 * budget_s:
+        needed_s = math.ceil((budget_s - left_s) / 0.7)
+        raise UsageError(
+            f"--budget: set-up, looks and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
+            f"--budget {needed_s}s",
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from fastcifar.budget import parse_duration
+from fastcifar.budget import parse_duration, refuse_hopeless
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
 from fastcifar.parsers import STUDIES, parse, read_job
@@ -107,6 +107,7 @@ def plan(chosen: Namespace, started_s: float) -> int:
     classes = 100 if chosen.dataset == "cifar100" else 10
     where = {"images": TRAINING_IMAGES, "classes": classes, "device": pick_device(chosen.device)}
     choices = choose(chosen.dataset, **where, budget_s=budget_s, spent_s=lambda: time.monotonic() - started_s)
+    refuse_hopeless(budget_s, choices[0].train_s)
     print_plan(choices, chosen.budget)
     if chosen.json:
         print(json.dumps([asdict(choice) for choice in choices]))

@@ -143,7 +143,7 @@ def print_plan(choices: Sequence["Choice"], budget: str) -> None:
             (
                 choice.name,
                 *(
-                    f"{1 / (choice.rates.at(image_px) + choice.rates.step_s / recipe.batch_size):,.0f}"
+                    f"{1 / (choice.rates.at(image_px) + choice.rates.step_s / choice.recipe.batch_size):,.0f}"
                     for image_px in (20, 32)
                 ),
                 f"{choice.epochs:.2f}",

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from fastcifar.budget import REPORT_S, Knot, Pace, stage_at
+from fastcifar.budget import REPORT_S, Knot, Pace, refuse_hopeless, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
-from fastcifar.errors import DivergedError, UsageError
+from fastcifar.errors import DivergedError
 from fastcifar.evaluate import evaluate, fit_tta, looks_an_image
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
@@ -80,7 +80,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         report_s = max(REPORT_S, REPORT_IMPORTS * imports_s)
         deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta, report_s)
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
-            refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1))
+            refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1) - time.monotonic())
         recipe = replace(recipe, tta=tta)
         pace = Pace(recipe.stages, job.plan, deadline_s, pauses_s=looks.ahead_s)
     else:
@@ -229,17 +229,6 @@ def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta, rep
     images = len(setup.test_loader.labels_N)
     tta = fit_tta(tta, setup.look_s, images, budget_s)
     return started_s + budget_s - setup.look_s * images * looks_an_image(tta) - report_s, tta
-
-
-def refuse_hopeless(budget_s: float, deadline_s: float) -> None:
-    """Raise UsageError if less than a fifth of the budget is left to train before `deadline_s`, looks taken off."""
-    left_s = deadline_s - time.monotonic()
-    if left_s < 0.2 * budget_s:
-        needed_s = math.ceil((budget_s - left_s) / 0.7)
-        raise UsageError(
-            f"--budget: set-up, looks and evaluation leave {max(0, left_s):.1f} s of {budget_s:g} s to train.",
-            f"--budget {needed_s}s",
-        )
 
 
 def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks) -> Checkpoint:

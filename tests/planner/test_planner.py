@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,13 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastcifar import setup
+from fastcifar.display import Display
 from fastcifar.evaluate import looks_an_image
+from fastcifar.job import Job
 from fastcifar.planner import choose as planner
-from fastcifar.planner.choose import LADDER, arithmetic, choose, fit_batch_size
-from fastcifar.planner.curve import Curve, expect, load_curves
-from fastcifar.planner.rates import Rates, fastest_dtype, measure_rates
+from fastcifar.planner.choose import LADDER, Choice, arithmetic, choose, fit_batch_size
+from fastcifar.planner.curve import Curve, Expectation, expect, load_curves
+from fastcifar.planner.rates import Rates, measure_rates
 from fastcifar.recipes import find_recipe
-from fastcifar.settings import SpeedNetModel, Stage
+from fastcifar.settings import Recipe, SpeedNetModel, Stage
 
 CPU = torch.device("cpu")
 CURVES = st.builds(
@@ -65,7 +70,7 @@ def test_the_curves_of_the_repository_are_read():
     assert load_curves("shapes10") == {}
 
 
-def fake_rates(monkeypatch, speed: float) -> list[str]:
+def fake_rates(monkeypatch, speed: float) -> list[Recipe]:
     """A machine that computes `speed` operations a second, and the recipes that were measured on it."""
     measured = []
 
@@ -127,6 +132,16 @@ def test_a_data_set_without_curves_gets_speed_and_no_promise(monkeypatch):
     assert only.expected is None
 
 
+def test_other_images_than_the_real_ones_are_promised_nothing(small_cifar, monkeypatch):
+    recipe = replace(find_recipe("speed"), model=SpeedNetModel(widths=(16, 16, 16)), batch_size=50, dtype="float32")
+    rates = Rates(step_s=0.0, image_s={20: 1e-4, 32: 1e-4}, look_s=1e-4, first_s=0.0)
+    choice = Choice("speed", recipe, rates, train_s=40.0, epochs=2.0, steps=10, expected=Expectation(0.9, 0.8, 0.95))
+    monkeypatch.setattr(setup, "choose", lambda *_: [choice])
+    made = setup.set_up(Job("auto", recipe, data=small_cifar, device="cpu", budget="60s"), Display())
+    assert not made.dataset.verified
+    assert made.choice == replace(choice, expected=None)
+
+
 def test_few_images_get_smaller_batches():
     recipe = find_recipe("speed")
     assert [fit_batch_size(recipe, images) for images in (400_000, 80_000, 30_000, 2_000)] == [1024, 512, 256, 128]
@@ -165,8 +180,6 @@ def test_a_cpu_without_instructions_for_bfloat16_trains_in_float32():
         "import torch; from fastcifar.planner.rates import fastest_dtype; from fastcifar.recipes import find_recipe;"
         "print(fastest_dtype(find_recipe('speed'), 10, torch.device('cpu')))"
     )
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -175,7 +188,12 @@ def test_a_cpu_without_instructions_for_bfloat16_trains_in_float32():
         check=True,
     )
     assert done.stdout.strip() == "float32"
-    assert fastest_dtype(find_recipe("speed"), 10, CPU) in ("bfloat16", "float32")
+
+
+def test_a_plan_for_no_time_says_how_much_it_needs():
+    done = subprocess.run([sys.executable, "-m", "fastcifar", "plan", "--budget", "2s"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.search(r"try: --budget \d+s", done.stderr), done.stderr
 
 
 def test_plan_says_what_train_would_do():
