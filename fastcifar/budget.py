@@ -57,6 +57,15 @@ class Knot:
         return self.progress + (1 - self.progress) * (step - self.step) / (self.end - self.step)
 
 
+@dataclass
+class Position:
+    """How far a training is."""
+
+    step: int = 0
+    train_s: float = 0.0
+    compile_s: float = 0.0  # beyond what the set-up compiled
+
+
 def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
     """The stage a step that starts at this progress belongs to."""
     return next((stage for stage in stages if progress < stage.until), stages[-1])

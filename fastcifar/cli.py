@@ -5,6 +5,8 @@ Whatever needs torch is imported inside the verbs, so that `fastcifar --help` an
 
 import importlib
 import json
+import os
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -68,29 +70,34 @@ def run(words: list[str], started_s: float) -> int:
 def train(chosen: Namespace, started_s: float) -> int:
     from fastcifar.run import RunFolder
 
-    if chosen.resume is not None:
-        folder = RunFolder.open(chosen.resume)
-        job = saved_job(folder.path)
+    follower = int(os.environ.get("RANK", 0)) > 0  # of the processes that torchrun started
+    job = saved_job(chosen.resume) if chosen.resume is not None else read_job(chosen)
+    if follower:
+        folder = RunFolder.scratch(chosen.resume)
     else:
-        job = read_job(chosen)
-        folder = RunFolder.create(chosen.out, job.recipe)
+        folder = RunFolder.create(chosen.out, job.recipe) if chosen.resume is None else RunFolder.open(chosen.resume)
     prepare_process()
     from fastcifar.devices import out_of_memory_named
     from fastcifar.display import Display, print_result
+    from fastcifar.ranks import joined
     from fastcifar.train import train
 
-    display = Display()
+    display = Display(quiet=follower)
     try:
-        with out_of_memory_named(job.settings.batch_size):
-            result = train(job, folder, display, started_s, resume=chosen.resume is not None)
+        with out_of_memory_named(job.settings.batch_size), joined(job.device) as ranks:
+            result = train(job, folder, display, started_s, resume=chosen.resume is not None, ranks=ranks)
     except KeyboardInterrupt:
         if (folder.path / "checkpoint.safetensors").exists():
             display.say(f"Stopped. Go on with: fastcifar train --resume {folder.path}")
         raise
     finally:
         display.close()
+        if follower:
+            shutil.rmtree(folder.path, ignore_errors=True)
         with suppress(OSError):
             folder.path.rmdir()  # succeeds only if it is empty: the run never began
+    if follower:
+        return EXIT_DONE
     print_result(result, folder.path)
     if chosen.json:
         print(json.dumps(result))

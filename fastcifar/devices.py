@@ -1,5 +1,6 @@
 """From the word after --device to a torch device that is really there."""
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from fastcifar.errors import DeviceError
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or the CPU where there is none. Raises DeviceError for a device this machine lacks."""
+    """ "auto" is a GPU, or the CPU where there is none. Raises DeviceError for a device this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -23,8 +23,8 @@ class Display:
 
     LINE_EVERY_S = 10.0
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.bar: Progress | None = None
         self.task = None
         self.printed_s = time.monotonic()

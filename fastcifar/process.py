@@ -44,9 +44,13 @@ def tune_allocator() -> bool:
 
 
 def physical_cores() -> int:
-    """Physical cores this process may run on: hyper-threads share the matrix units, so they only add contention."""
+    """Physical cores for this process: hyper-threads share the matrix units, so they only add contention.
+
+    The processes that torchrun starts on a machine share its cores.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def set_threads() -> int:

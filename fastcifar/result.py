@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastcifar.budget import Position
 from fastcifar.devices import peak_memory_bytes
 from fastcifar.evaluate import Evaluation
 from fastcifar.job import Job
@@ -17,8 +18,7 @@ def describe_result(
     job: Job,
     setup: Setup,
     evaluation: Evaluation,
-    steps: int,
-    train_s: float,
+    position: Position,
     eval_s: float,
     val_acc: float | None,
     tta: Tta,
@@ -41,12 +41,12 @@ def describe_result(
         "seed": job.seed,
         "budget_s": job.budget_s,
         "wall_s": 0.0,
-        "compile_s": setup.compile_s,
-        "train_s": train_s,
+        "compile_s": setup.compile_s + position.compile_s,
+        "train_s": position.train_s,
         "eval_s": eval_s,
-        "epochs": steps / len(setup.loader),
-        "steps": steps,
-        "images_per_s": steps * batch_size / train_s,
+        "epochs": position.step / len(setup.loader),
+        "steps": position.step,
+        "images_per_s": position.step * batch_size / position.train_s,
         "val_acc": val_acc,
         **evaluation.summary(),
         "tta_share": tta.share,

@@ -11,7 +11,9 @@ result.json              written last: a folder that has it is complete
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -116,6 +118,14 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} holds no run: there is no config.yaml in it.", "ls runs")
+        return cls(path)
+
+    @classmethod
+    def scratch(cls, resumed: Path | None) -> "RunFolder":
+        """For a process that keeps nothing: a temporary folder, with the checkpoint of the run that it resumes."""
+        path = Path(tempfile.mkdtemp(prefix="fastcifar-"))
+        if resumed is not None and (resumed / "checkpoint.safetensors").exists():
+            shutil.copy(resumed / "checkpoint.safetensors", path)
         return cls(path)
 
     def write_config(self, config: dict) -> None:

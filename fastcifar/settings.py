@@ -301,7 +301,8 @@ class Recipe:
         mix: blend each image with another of its batch (mixup), or paste a part of the other into it (cutmix).
         mix_alpha: of the beta distribution that says how much; 1 is evenly.
         dtype: compute type of convolutions; weights and statistics stay float32.
-        compile: torch.compile on CUDA; a CPU runs eagerly either way (LOG.md: Inductor gained nothing there).
+        compile: torch.compile's mode on a GPU, or "off"; a CPU runs eagerly either way (LOG.md: Inductor gained nothing
+            there).
         stages: image sizes through the training, each until some progress; the last one until 1.
     """
 
@@ -312,7 +313,7 @@ class Recipe:
     mix: Literal["none", "mixup", "cutmix"] = "none"
     mix_alpha: float = 1.0
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    compile: bool = True
+    compile: Literal["off", "default", "max-autotune"] = "default"
     model: Model = field(default_factory=SpeedNetModel)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=SpeedOptim)

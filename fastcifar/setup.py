@@ -24,16 +24,19 @@ from fastcifar.job import HELD_OUT, Job
 from fastcifar.loaders.feed import Feed, open_feed, pick_feed
 from fastcifar.loaders.loader import Loader
 from fastcifar.models.build import build_model
+from fastcifar.models.global_norm import share_statistics
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.planner.choose import Choice, choose, fit
 from fastcifar.planner.rates import measure_rates
 from fastcifar.process import physical_cores
+from fastcifar.ranks import ALONE, Ranks
 from fastcifar.resize import resize
 from fastcifar.settings import Recipe, SpeedNetModel
 from fastcifar_kernels import amx
 
 EVALUATION_BATCH = 1000
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # graphs.py records its own
 WHITENING_IMAGES = 5000  # enough to estimate a 12 x 12 covariance
 
 
@@ -45,6 +48,7 @@ class Setup:
     recipe: Recipe  # with a budget: fitted to it
     choice: Choice | None  # the planner's
     dataset: Dataset
+    ranks: Ranks
     device: torch.device
     feed: Feed
     loader: Loader
@@ -58,11 +62,12 @@ class Setup:
     wait_every: int  # most steps between two times that the program waits for the device
 
 
-def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.0) -> Setup:
+def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.0, ranks: Ranks = ALONE) -> Setup:
     """Everything, ready for the first step.
 
     Args:
         spent_s: seconds of the budget gone by now.
+        ranks: the processes that train together; each gets its part of every batch.
 
     Raises DataError, DeviceError, UsageError.
     """
@@ -79,11 +84,18 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
             f"--batch_size: {recipe.batch_size} is more than the {images} training images of {dataset.name}.",
             f"--batch_size {images}",
         )
+    if recipe.batch_size % ranks.count:
+        whole = max(1, recipe.batch_size // ranks.count) * ranks.count
+        raise UsageError(
+            f"--batch_size: {recipe.batch_size} images cannot be divided among {ranks.count} processes.",
+            f"--batch_size {whole}",
+        )
 
     classes = len(dataset.class_names)
     choice, compile_s, image_s = None, 0.0, 0.0
     if job.planned:
-        choice = choose(dataset.name, images, classes, device, job.budget_s or 0.0, spent_s)[0]
+        each = images // ranks.count  # to train on: what one process is as fast at as all are at all images
+        choice = ranks.same(choose(dataset.name, each, classes, device, job.budget_s or 0.0, spent_s)[0])
         if not dataset.verified:  # the curves were measured on the real images
             choice = replace(choice, expected=None)
         display.say(f"plan: {choice}")
@@ -94,7 +106,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         compile_s, image_s = rates.first_s, rates.mean_image_s(recipe)
         if job.budget_s:
             left_s = job.budget_s - spent_s()
-            recipe = fit(job.recipe, recipe, rates, None, images, job.budget_s, left_s).recipe
+            each = images // ranks.count
+            recipe = ranks.same(fit(job.recipe, recipe, rates, None, each, job.budget_s, left_s).recipe)
 
     dtype = getattr(torch, recipe.dtype)
 
@@ -104,7 +117,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
 
     def train_loader(feed: Feed) -> Loader:
         options = {"shuffle": True, "seed": job.seed, "augment": recipe.augment, "places_N": train_N}
-        return feed.loader("train", batch_size=recipe.batch_size, **options)
+        part = {"batch_size": recipe.batch_size // ranks.count, "part": (ranks.rank, ranks.count)}
+        return feed.loader("train", **part, **options)
 
     feed = open_named("resident" if job.loader == "auto" else job.loader)
     display.close()
@@ -115,6 +129,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     model = build_model(recipe, classes, job.seed).to(device)
     if isinstance(model, SpeedNet) and isinstance(recipe.model, SpeedNetModel):
         model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
+    ranks.take_state(model)
+    share_statistics(model, ranks)
     if isinstance(model, SpeedNet):
         x_NCHW = x_NCHW[: amx.GROUP]
         if model.blocks_pay(x_NCHW):
@@ -122,6 +138,9 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / image_s, open_named, train_loader)
+        if feed.name != (first := ranks.same(feed.name)):
+            feed = open_named(first)
+            loader = train_loader(feed)
         display.say(why)
     evaluation_loader = partial(feed.loader, batch_size=EVALUATION_BATCH)
     test_loader = evaluation_loader("test")
@@ -129,14 +148,17 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     if feed.name != "resident" or device.type == "cuda":  # where it also compiles for this number of images
         look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
-    if recipe.compile and device.type == "cuda":
-        forward = cast(nn.Module, torch.compile(model))
-        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(recipe.batch_size)))
+    if recipe.compile != "off" and device.type == "cuda":
+        forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile]))
+        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(loader.batch_size)))
+    if ranks.rank:
+        torch.manual_seed(job.seed + (ranks.rank << 32))  # its dropout and mixup are its own
     return Setup(
         choice.name if choice else job.recipe,
         recipe,
         choice,
         dataset,
+        ranks,
         device,
         feed,
         loader,

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from fastcifar.budget import REPORT_S, Knot, Pace, refuse_hopeless, stage_at
+from fastcifar.budget import REPORT_S, Knot, Pace, Position, refuse_hopeless, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError
 from fastcifar.evaluate import evaluate, fit_tta, looks_an_image
+from fastcifar.graphs import Step, StepGraphs, can_record
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.looks import Looks
 from fastcifar.optim.schedule import set_learning_rates
+from fastcifar.ranks import ALONE, Ranks
 from fastcifar.report import write_report
 from fastcifar.resize import resize
 from fastcifar.result import describe_result
@@ -41,20 +43,15 @@ CHECKPOINT_EVERY_S = 30.0
 REPORT_IMPORTS = 0.6  # report.html takes half as long as Python and all imports did, on whatever machine
 
 
-@dataclass
-class Position:
-    """How far a training is."""
-
-    step: int = 0
-    train_s: float = 0.0
-
-
-def train(job: Job, folder: RunFolder, display: Display, started_s: float, resume: bool = False) -> dict:
+def train(
+    job: Job, folder: RunFolder, display: Display, started_s: float, resume: bool = False, ranks: Ranks = ALONE
+) -> dict:
     """Train as `job` says, leave everything in `folder`, return what result.json holds.
 
     Args:
         started_s: when the process began, on the clock of time.monotonic().
         resume: go on from the folder's checkpoint; the time it had spent counts against the budget.
+        ranks: the processes that train together; all but rank 0 return nothing, and nobody needs their `folder`.
 
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
@@ -66,7 +63,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         started_s -= checkpoint.spent_s
     # The weights that a checkpoint brings replace those that the recipe begins with.
     fresh = replace(job, settings=job.settings.from_scratch()) if checkpoint else job
-    setup = set_up(fresh, display, spent_s=lambda: time.monotonic() - started_s)
+    setup = set_up(fresh, display, spent_s=lambda: time.monotonic() - started_s, ranks=ranks)
     recipe = replace(setup.recipe, min_steps=0)
     if not setup.choice:
         recipe = replace(recipe, model=job.settings.model)
@@ -78,7 +75,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
     looks = Looks(setup.held_out_loader, len(setup.loader), cost_s, target=job.target, patience=job.patience)
     if job.budget_s is not None:
         report_s = max(REPORT_S, REPORT_IMPORTS * imports_s)
-        deadline_s, tta = divide_budget(job.budget_s, started_s, setup, recipe.tta, report_s)
+        deadline_s, tta = ranks.same(divide_budget(job.budget_s, started_s, setup, recipe.tta, report_s))
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
             refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1) - time.monotonic())
         recipe = replace(recipe, tta=tta)
@@ -94,6 +91,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         dataset=setup.dataset.name,
         fallback_dataset=None,
         loader=setup.feed.name,
+        track=None if ranks.rank else job.track,
     )
     folder.write_config(lasting.config())
     position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
@@ -111,14 +109,17 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
                     metrics.add(row | {"wall_s": now_s - started_s})
                     tracking.add(metrics.rows[-1])
                 display.update(rows[-1], pace.steps, pace.left_s(position.step))
-                if interrupts.caught or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
+                interrupted = ranks.any(interrupts.caught)
+                if interrupted or progress >= 1 or now_s - saved_s > CHECKPOINT_EVERY_S:
                     folder.write_checkpoint(capture(setup, pace, position, time.monotonic() - started_s, looks))
                     saved_s = time.monotonic()
-                if interrupts.caught:
+                if interrupted:
                     raise KeyboardInterrupt
-                if looks.enough:
+                if ranks.same(looks.enough):
                     break
         display.close()
+        if ranks.rank:
+            return {}
         val_acc = looks.accuracy
         if looks.best_state:
             val_acc = looks.best
@@ -129,7 +130,7 @@ def train(job: Job, folder: RunFolder, display: Display, started_s: float, resum
         evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
         eval_s = time.monotonic() - evaluation_began_s
         folder.write_model(setup.model.state_dict())
-        result = describe_result(job, setup, evaluation, position.step, position.train_s, eval_s, val_acc, recipe.tta)
+        result = describe_result(job, setup, evaluation, position, eval_s, val_acc, recipe.tta)
         write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
         folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
         result["wall_s"] = time.monotonic() - started_s
@@ -147,7 +148,9 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
     Raises DivergedError.
     """
     loader, pending = setup.loader, []
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=recipe.dtype == "float16")
+    began_s = time.monotonic()
+    step = ready_step(setup, recipe)
+    position.compile_s += time.monotonic() - began_s
     length, resumed_s = 1, time.monotonic()
     for epoch in itertools.count(position.step // len(loader)):
         for x_BCHW, y_B in loader.epoch(epoch, first_batch=position.step % len(loader)):
@@ -156,7 +159,7 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
                 return
             image_px = stage_at(recipe.stages, progress).image_px
             lr = set_learning_rates(setup.optimizers, pace.middle(position.step), recipe.optim)
-            loss, hits = train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
+            loss, hits = step(x_BCHW, y_B, image_px)
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
             progress = pace.progress(position.step)
@@ -168,6 +171,8 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
             seconds = (now_s - resumed_s) / len(rows)
             position.train_s += now_s - resumed_s
             pace.measured(position.step, image_px, seconds, now_s)
+            if pace.deadline_s is not None:  # no two ranks measure the same
+                pace.knots = setup.ranks.same(pace.knots)
             for row in rows:
                 row["epoch"], row["progress"] = row["step"] / len(loader), pace.progress(row["step"])
                 row["images_per_s"] = recipe.batch_size / seconds
@@ -175,10 +180,26 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
             pending, length, resumed_s = [], min(2 * length, setup.wait_every), time.monotonic()
 
 
+def ready_step(setup: Setup, recipe: Recipe) -> Step:
+    """`train_step` for batches of any stage's size; on a GPU as CUDA graphs, where those can hold it."""
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=recipe.dtype == "float16")
+
+    def step(x_BCHW: Tensor, y_B: Tensor, image_px: int) -> tuple[Tensor, Tensor]:
+        return train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
+
+    if setup.device.type != "cuda" or setup.ranks.count > 1 or not can_record(recipe):
+        return step
+    x_BCHW = setup.loader.take(torch.arange(recipe.batch_size))
+    return StepGraphs(step, recipe, setup.model, setup.optimizers, x_BCHW, setup.loader.labels_N[: recipe.batch_size])
+
+
 def train_step(
     setup: Setup, recipe: Recipe, scaler: torch.amp.GradScaler, x_BCHW: Tensor, y_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One update of the weights; returns the loss summed over the batch and the number of right answers, unread."""
+    """One update of the weights; returns the loss summed over the batch and the number of right answers, unread.
+
+    With several processes the images are this one's part of the batch, and what is returned is of the whole.
+    """
     setup.model.train()
     target = y_B
     if recipe.mix != "none":
@@ -186,7 +207,8 @@ def train_step(
     with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
         logits_BK = setup.forward(x_BCHW).float()
     loss = F.cross_entropy(logits_BK, target, label_smoothing=recipe.label_smoothing, reduction="sum")
-    scaler.scale(loss if recipe.optim.sums_loss else loss / len(y_B)).backward()
+    scaler.scale(loss if recipe.optim.sums_loss else loss / (len(y_B) * setup.ranks.count)).backward()
+    setup.ranks.add_gradients(setup.model.parameters())
     if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
         for optimizer in setup.optimizers:
             scaler.unscale_(optimizer)
@@ -195,7 +217,8 @@ def train_step(
         scaler.step(optimizer)
     scaler.update()
     setup.model.zero_grad(set_to_none=True)
-    return loss.detach(), (logits_BK.detach().argmax(1) == y_B).sum()
+    hits = (logits_BK.detach().argmax(1) == y_B).sum()
+    return setup.ranks.add(loss.detach()), setup.ranks.add(hits)
 
 
 @cache

@@ -31,6 +31,7 @@ class Loader(ABC):
     Args:
         places_N: which images of the split, int64 on the CPU; all if None.
         workers: threads or processes that make batches on the CPU.
+        part: (rank, ranks): this loader's batches are these parts of batches that are larger by the number of ranks.
     """
 
     def __init__(
@@ -45,16 +46,18 @@ class Loader(ABC):
         seed: int = 0,
         places_N: Tensor | None = None,
         workers: int = 1,
+        part: tuple[int, int] = (0, 1),
     ):
         self.split, self.batch_size, self.dtype, self.device = split, batch_size, dtype, device
         self.augment, self.shuffle, self.seed, self.workers = augment, shuffle, seed, workers
+        self.rank, self.ranks = part
         self.places_N = torch.arange(len(split)) if places_N is None else places_N
         self.labels_N = torch.tensor(split.labels_N)[self.places_N].to(device, torch.int64)
 
     def __len__(self) -> int:
         """Batches an epoch."""
         images = len(self.places_N)
-        return images // self.batch_size if self.shuffle else -(-images // self.batch_size)
+        return images // (self.ranks * self.batch_size) if self.shuffle else -(-images // self.batch_size)
 
     def order(self, epoch: int) -> Tensor:
         """The places of the images in the order of this epoch, int64 [N]."""
@@ -71,8 +74,11 @@ class Loader(ABC):
         """The batches of one epoch from `first_batch` on, which are the same however the earlier ones were made."""
         if first_batch >= len(self):
             return iter(())
-        first, end = first_batch * self.batch_size, len(self) * self.batch_size
-        return self.read(self.order(epoch)[first:end], self.draws(epoch, self.augment))
+        together = self.ranks * self.batch_size
+        places_M = self.order(epoch)[first_batch * together : len(self) * together]
+        if self.ranks > 1:
+            places_M = places_M.view(-1, self.ranks, self.batch_size)[:, self.rank].flatten()
+        return self.read(places_M, self.draws(epoch, self.augment))
 
     def take(self, ids_M: Tensor) -> Tensor:
         """The images at these places of `labels_N`, at least one, without augmentation: [M, 3, H, W]."""

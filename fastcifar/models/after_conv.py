@@ -5,6 +5,7 @@ Shapes: N images, C channels, H rows, W columns.
 
 from torch import Tensor, nn
 
+from fastcifar.models.global_norm import GlobalBatchNorm
 from fastcifar_kernels import bn_relu_pool
 
 
@@ -29,6 +30,8 @@ class AfterConv(nn.Module):
         if self.norm is None:
             return bn_relu_pool(x_NCHW, **self.how, training=self.training)
         norm = self.norm
+        if isinstance(norm, GlobalBatchNorm):
+            return bn_relu_pool(norm(x_NCHW), **self.how, training=self.training)
         affine = norm.weight, norm.bias, norm.running_mean, norm.running_var
         momentum = norm.momentum or 0.0
         return bn_relu_pool(x_NCHW, *affine, **self.how, training=self.training, momentum=momentum, eps=norm.eps)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar.models.conv import Conv2d, compute_dtype
+from fastcifar.models.global_norm import GlobalBatchNorm
 from fastcifar_kernels import aggregate_weights, bn_relu_weighted_sum, scaled_copies, weighted_sum
 
 Squash = Literal["softmax", "sigmoid", "raw"]
@@ -110,8 +111,10 @@ class DynamicConv2d(nn.Module):
         return self.combine(form, x_NCHW, coef_NK, residual_NOHW)
 
     def normalise_and_sum(
-        self, norm: nn.BatchNorm2d, y_NCHW: Tensor, coef_NK: Tensor, residual_NOHW: Tensor | None
+        self, norm: nn.BatchNorm2d | GlobalBatchNorm, y_NCHW: Tensor, coef_NK: Tensor, residual_NOHW: Tensor | None
     ) -> Tensor:
+        if isinstance(norm, GlobalBatchNorm):
+            return weighted_sum(F.relu(norm(y_NCHW)).unflatten(1, self.split), coef_NK, residual_NOHW)
         names = "weight", "bias", "running_mean", "running_var"
         return bn_relu_weighted_sum(
             y_NCHW.unflatten(1, self.split),

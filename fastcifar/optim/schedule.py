@@ -6,7 +6,8 @@ serves a run of fixed length and one that fits itself into a budget.
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fastcifar.errors import UsageError
@@ -38,6 +39,8 @@ def lr_share(optim: Optim, progress: float, until: float = 1.0) -> float:
 def build_optimizers(model: nn.Module, optim: Optim, batch_size: int) -> list[Optimizer]:
     """Each parameter group carries `lr_peak` and `until`, the progress at which it stops learning.
 
+    On a GPU its `lr` is a tensor there, which a CUDA graph reads anew at every step.
+
     Raises UsageError: muon for a model without convolutions.
     """
     optimizers = classic(model, optim) if isinstance(optim, ClassicOptim) else speed(model, optim, batch_size)
@@ -45,6 +48,10 @@ def build_optimizers(model: nn.Module, optim: Optim, batch_size: int) -> list[Op
         for group in optimizer.param_groups:
             group.setdefault("until", 1.0)
             group["lr_peak"] = group["lr"]
+            if group["params"][0].is_cuda:
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+                if "capturable" in group:
+                    group["capturable"] = True
     return optimizers
 
 
@@ -106,7 +113,11 @@ def set_learning_rates(optimizers: list[Optimizer], progress: float, optim: Opti
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["lr_peak"] * lr_share(optim, progress, group["until"])
+            lr = group["lr_peak"] * lr_share(optim, progress, group["until"])
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
             if progress >= group["until"]:
                 for weight in group["params"]:
                     weight.requires_grad_(False)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcifar.optim.muon import QUINTIC, Muon, orthogonalize
+from fastcifar.optim.muon import QUINTIC, Muon, orthogonalize, orthogonalize_all
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (8, 1)])
@@ -39,6 +39,24 @@ def test_each_expert_of_a_stack_learns_as_if_alone():
     Muon([{"params": [stack], "experts": 3}], lr=0.1, momentum=0.6).step()
     Muon(alone, lr=0.1, momentum=0.6).step()
     torch.testing.assert_close(stack.detach(), torch.cat([own.detach() for own in alone]))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16)])
+def test_matrices_of_one_shape_go_together_as_each_goes_alone(shape):
+    g_SOD = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    alone = torch.stack(list(orthogonalize_all(list(g_SOD), 3)))
+    torch.testing.assert_close(orthogonalize(g_SOD, 3), alone, rtol=0.02, atol=0.02)
+
+
+def test_the_learning_rate_may_be_a_tensor():
+    generator = torch.Generator().manual_seed(5)
+    both = [torch.nn.Parameter(torch.randn(8, 3, 3, 3, generator=generator)) for _ in range(2)]
+    both[1].data.copy_(both[0].data)
+    grad = torch.randn(8, 3, 3, 3, generator=generator)
+    for weight, lr in zip(both, (0.1, torch.tensor(0.1)), strict=True):
+        weight.grad = grad.clone()
+        Muon([weight], lr=lr, momentum=0.6).step()
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=0)
 
 
 def test_zero_gradient_moves_nothing():
