@@ -6,6 +6,7 @@ Shapes: N samples, C channels; R rows of channels.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class GlobalBatchNorm(nn.Module):
             self.register_buffer(name, getattr(own, name))
         self.eps, self.momentum, self.ranks = own.eps, own.momentum or 0.0, ranks
         # torch.compile leaves it out of its graphs: what other processes do is not for it to know.
-        self.sum: Callable[[Tensor, Ranks], Tensor] = torch.compiler.disable(Sum.apply)
+        self.sum = cast(Callable[[Tensor, Ranks], Tensor], torch.compiler.disable(Sum.apply))
 
     def forward(self, x_NCX: Tensor) -> Tensor:
         return self.normalise(x_NCX, channel=1)
