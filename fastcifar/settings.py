@@ -21,11 +21,14 @@ class SpeedNetModel:
         whiten_eps: added to the eigenvalues of the patch covariance before their inverse root.
         own_kernels: this project's operators where they are faster than PyTorch's: on a CPU with AMX, in bfloat16, for
             widths and a batch size that are multiples of 32.
+        fused_gelu: on a GPU, this project's kernel for BatchNorm and GELU instead of what torch.compile makes of
+            PyTorch's. Off, as nobody has measured yet which is faster.
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
     whiten_eps: float = 5e-4
     own_kernels: bool = True
+    fused_gelu: bool = False
     any_size: ClassVar[bool] = True  # of image
 
     def checks(self) -> Iterator[Check]:

@@ -26,5 +26,5 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> nn.Module:
         case ResNet34Model():
             model = build_resnet34(classes, recipe.model.weights)
         case _:
-            model = SpeedNet(classes, recipe.model.widths, recipe.model.own_kernels)
+            model = SpeedNet(classes, recipe.model.widths, recipe.model.own_kernels, recipe.model.fused_gelu)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -22,9 +22,10 @@ WHITEN_PX = 2  # side of a whitened patch
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm with a learned bias but no scale, and statistics that forget quickly: a run is a few hundred steps."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, fused_gelu: bool = False):
         super().__init__(channels, eps=1e-12, momentum=0.4)
         self.weight.requires_grad = False
+        self.fused_gelu = fused_gelu
 
     def gelu(self, x_RC: Tensor) -> Tensor:
         """gelu(self(x)) where channels are the last axis."""
@@ -34,6 +35,15 @@ class BatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         how = {"training": self.training, "momentum": self.momentum, "eps": self.eps}
         return bn_gelu(x_RC, self.bias, self.running_mean, self.running_var, **how)
+
+    def gelu_of_map(self, x_NCHW: Tensor) -> Tensor:
+        """gelu(self(x)) of a channels-last map, with the kernel on a GPU if that is asked for."""
+        if self.takes_kernel(x_NCHW):
+            return self.gelu(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.gelu(self(x_NCHW))
+
+    def takes_kernel(self, x_NCHW: Tensor) -> bool:
+        return self.fused_gelu and x_NCHW.is_cuda
 
 
 class Conv(nn.Conv2d):
@@ -51,17 +61,17 @@ class Conv(nn.Conv2d):
 class Group(nn.Module):
     """Two convolutions at one resolution, the first one followed by the pooling that leads there."""
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, fused_gelu: bool = False):
         super().__init__()
         self.conv1 = Conv(channels_in, channels_out)
-        self.norm1 = BatchNorm(channels_out)
+        self.norm1 = BatchNorm(channels_out, fused_gelu)
         self.conv2 = Conv(channels_out, channels_out)
-        self.norm2 = BatchNorm(channels_out)
+        self.norm2 = BatchNorm(channels_out, fused_gelu)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NCHW = F.max_pool2d(self.conv1(x_NCHW), 2)
-        x_NCHW = F.gelu(self.norm1(x_NCHW))
-        return F.gelu(self.norm2(self.conv2(x_NCHW)))
+        x_NCHW = self.norm1.gelu_of_map(x_NCHW)
+        return self.norm2.gelu_of_map(self.conv2(x_NCHW))
 
     def forward_blocked(self, x_GHWMC: Tensor) -> Tensor:
         """The same of blocked images, which may have more channels than the filters: those are left out."""
@@ -74,12 +84,20 @@ class Group(nn.Module):
 class SpeedNet(nn.Module):
     """Normalised images [N, 3, H, W], H = W >= 18, to logits [N, K]."""
 
-    def __init__(self, classes: int, widths: tuple[int, int, int] = (64, 256, 256), own_kernels: bool = True):
+    def __init__(
+        self,
+        classes: int,
+        widths: tuple[int, int, int] = (64, 256, 256),
+        own_kernels: bool = True,
+        fused_gelu: bool = False,
+    ):
         super().__init__()
         whitened = 2 * 3 * WHITEN_PX**2  # every principal patch and its negative
         self.whiten = nn.Conv2d(3, whitened, WHITEN_PX)
         self.whiten.weight.requires_grad = False
-        self.groups = nn.Sequential(*[Group(i, o) for i, o in zip((whitened, *widths), widths, strict=False)])
+        self.groups = nn.Sequential(
+            *[Group(i, o, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
+        )
         self.may_block = own_kernels and all(width % amx.GROUP == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)
         with torch.no_grad():

@@ -29,8 +29,13 @@ GPU_SHAPES = (
     (512, 4, 256, 16, 16),
     (512, 4, 256, 8, 8),
     (512, 4, 512, 8, 8),
+    # The three groups of the recipe `speed` at 32 pixels: for what has no experts.
+    (2000, 1, 64, 15, 15),
+    (2000, 1, 256, 7, 7),
+    (2000, 1, 256, 3, 3),
 )
 CPU_SHAPES = ((128, 4, 64, 32, 32), (128, 4, 128, 16, 16), (128, 4, 512, 8, 8))
+WITHOUT_EXPERTS = ("bn_relu_pool", "bn_gelu")
 ROUNDS = {"cuda": 30, "cpu": 9}
 WARM_UP = 3
 GATE_SAMPLES = 8
@@ -45,7 +50,9 @@ UNITS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "aggregate_weights": lambda n, k: (k + n, 2 * k + n),
     "bn_relu_pool": lambda n, k: (3, 5),
     "bn_relu_pool, pool": lambda n, k: (2.25, 3.5),
+    "bn_gelu": lambda n, k: (3, 6),
 }
+GPU_UNITS = {**UNITS, "bn_gelu": lambda n, k: (3, 5)}  # where its backward computes again what its loops store
 
 
 def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
@@ -55,18 +62,19 @@ def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -
         ArithmeticError: an operator does not pass its verification; nothing is timed then.
     """
     copy_gb_per_s = copy_bandwidth(device)
+    units = GPU_UNITS if device == "cuda" else UNITS
     for shape in shapes:
         gate(device, shape, dtype)
         for case in verify.cases(shape, device):
             name = ", ".join(filter(None, (case.op, case.variant)))
-            if name not in UNITS:
+            if name not in units or (shape[1] == 1 and case.op not in WITHOUT_EXPERTS):
                 continue
             given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
             times_s, peaks = measure(case, given, device)
             for i, direction in enumerate(("forward", "backward")):
                 if direction == "backward" and case.op == "batch_statistics":
                     continue
-                size = UNITS[name](*shape[:2])[i] * unit_bytes(case.op, given)
+                size = units[name](*shape[:2])[i] * unit_bytes(case.op, given)
                 yield [
                     {
                         "op": name,

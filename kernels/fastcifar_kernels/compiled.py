@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastcifar_kernels import aggregate_weights, batch_statistics, bn_relu_weighted_sum, scaled_copies, weighted_sum  # noqa: F401
+import fastcifar_kernels  # noqa: F401 (all its modules)
 
 ARCHITECTURES = (80, 90, 100)  # Ampere (A100), Hopper (H100, H200), Blackwell (B200)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +99,8 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
     w_KM, out_NM = meta(k, c * c * 9), meta(n, c * c * 9, dtype=dtype)
     plain, normalised = operators["weighted_sum"], operators["bn_relu_weighted_sum"]
     aggregate, statistics = operators["aggregate_weights"], operators["batch_statistics"]
-    copies = operators["scaled_copies"]
+    copies, gelu = operators["scaled_copies"], operators["bn_gelu"]
+    rows, norm = map_NCHW.permute(0, 2, 3, 1), (meta(c), meta(c), meta(c))
     return [
         lambda: plain._triton_forward(y_NKCHW, coef_NK, None, map_NCHW),
         lambda: plain._triton_forward(y_NKCHW, coef_NK, map_NCHW, map_NCHW),
@@ -111,13 +112,17 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
         lambda: normalised._triton_forward(y_NKCHW, coef_NK, affine, map_NCHW, 1e-5, map_NCHW),
         lambda: normalised._triton_backward(y_NKCHW, coef_NK, affine, map_NCHW, 1e-5, True, y_NKCHW),
         lambda: normalised._triton_backward(y_NKCHW, coef_NK, affine, map_NCHW, 1e-5, False, y_NKCHW),
+        lambda: gelu._triton_forward(rows, norm, 1e-5, rows),
+        lambda: gelu._triton_backward(rows, norm, rows, 1e-5, True, rows),
+        lambda: gelu._triton_backward(rows, norm, rows, 1e-5, False, rows),
         lambda: aggregate._triton_forward(w_KM, coef_NK, out_NM),
         lambda: aggregate._triton_backward(w_KM, coef_NK, out_NM),
     ]
 
 
 def triton_modules() -> tuple[str, ...]:
-    return "weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"
+    plain = "weighted_sum", "scaled_copies", "batch_statistics", "aggregate_weights"
+    return *plain, "bn_relu_weighted_sum", "bn_gelu"
 
 
 def examine(arch: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Compiled]:

@@ -119,6 +119,33 @@ TRITON = (
     ("gradient of coefficients without mask", "aggregate_weights.py", "dot_N1, n_N1 < samples)", "dot_N1)", AW),
     ("shares of samples in one place", "aggregate_weights.py",
      "(tl.program_id(1) * EXPERTS + k0 + i)", "(k0 + i)", AW),
+    # bn_gelu
+    ("GELU without eps", "bn_gelu.py", "tl.load(variance_ptr + c_1C, mask, 0) + eps",
+     "tl.load(variance_ptr + c_1C, mask, 0)", BG),
+    ("erf of a rounded value", "bn_gelu.py", "0.7071067811865476", "0.7071", BG),
+    ("density rounded", "bn_gelu.py", "0.3989422804014327", "0.3989", BG),
+    ("density of another deviation", "bn_gelu.py", "tl.exp(-0.5 * u_PC * u_PC)", "tl.exp(-0.4 * u_PC * u_PC)", BG),
+    ("share instead of GELU", "bn_gelu.py", "u_PC * _phi(u_PC), inside)", "_phi(u_PC), inside)", BG),
+    ("GELU without mask on the store", "bn_gelu.py", "u_PC * _phi(u_PC), inside)", "u_PC * _phi(u_PC))", BG),
+    ("GELU with the mean", "bn_gelu.py", "(tl.load(x_ptr + at_PC, inside, 0) - mean_1C) + bias_1C",
+     "tl.load(x_ptr + at_PC, inside, 0) + bias_1C", BG),
+    ("h of the last tile alone", "bn_gelu.py", "sum_PC += h_PC\n", "sum_PC = h_PC\n", BG),
+    ("h without z", "bn_gelu.py", "product_PC += h_PC * z_PC", "product_PC += h_PC", BG),
+    ("h of the next sample", "bn_gelu.py",
+     "# Beyond the end the gradient is 0, and so is what is added.\n"
+     "            h_PC = _slope(scale_1C * z_PC + bias_1C) * tl.load(grad_ptr + at_PC, inside, 0)",
+     "h_PC = _slope(scale_1C * z_PC + bias_1C) * tl.load(grad_ptr + at_PC, c_1C < channels, 0)", BG),
+    ("shares of h in one place", "bn_gelu.py", "at_1C = tl.program_id(2) * 2 * channels + c_1C", "at_1C = c_1C", BG),
+    ("both sums in one place", "bn_gelu.py", "sums_ptr + at_1C + channels", "sums_ptr + at_1C", BG),
+    ("sums of h without mask", "bn_gelu.py", "tl.sum(product_PC, axis=0, keep_dims=True), c_1C < channels)",
+     "tl.sum(product_PC, axis=0, keep_dims=True))", BG),
+    ("level of h dropped", "bn_gelu.py", "level_1C + tilt_1C * z_PC", "tilt_1C * z_PC", BG),
+    ("tilt of h dropped", "bn_gelu.py", "level_1C + tilt_1C * z_PC", "level_1C", BG),
+    ("tilt not divided by the variance", "bn_gelu.py", "scale_1C * scale_1C * scale_1C * product_1C",
+     "scale_1C * product_1C", BG),
+    ("GELU's gradient without mask", "bn_gelu.py", "grad_x_PC, inside)", "grad_x_PC)", BG),
+    ("GELU's gradient of the statistics in eval mode", "bn_gelu.py", "BATCH_STATISTICS=use_batch",
+     "BATCH_STATISTICS=True", BG),
 )  # fmt: skip
 
 NUMBA = (

@@ -51,6 +51,8 @@ def test_bytes_are_those_of_the_docstrings():
     assert rows["bn_relu_weighted_sum", "backward"] == (3 + 1 + 3 + 1 + 3) * one
     assert rows["bn_relu_pool", "forward"] == (1 + 1 + 1) * one
     assert rows["bn_relu_pool, pool", "backward"] == 2 * (1 + 0.25) * one + one
+    assert rows["bn_gelu", "forward"] == (1 + 1 + 1) * one
+    assert rows["bn_gelu", "backward"] == (2 + 1 + 2 + 1) * one
     filters = 16 * 9 * 3 * 3 * 2
     assert rows["aggregate_weights", "forward"] == (3 + 2) * filters
 

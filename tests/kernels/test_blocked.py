@@ -1,7 +1,11 @@
 """What `verify` does not see of the operators for blocked images, and of the GELU that they share."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import pytest
@@ -116,6 +120,25 @@ def test_no_images_give_none_and_gradients_of_zero():
     out, grad_x, grad_bias, *_ = results(bn_gelu, given | {"x_RC": given["x_RC"][:0]}, training=False)
     assert out.shape == grad_x.shape == (0, *given["x_RC"].shape[1:])
     assert not grad_bias.any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_bn_gelu_passes_nan_and_infinity_in_one_value_on(value):
+    given = arguments(bn_gelu, torch.float32)
+    given["x_RC"][1, 2, 3, 30, 31] = value
+    out = results(bn_gelu, given, training=False)[0]
+    assert not out[1, 2, 3, 30, 31].isfinite()
+    assert (~out.isfinite()).sum() == 1
+
+
+def test_bn_gelu_of_rows_is_that_of_a_map():
+    """However many axes the rows have, in whatever memory layout."""
+    given = arguments(bn_gelu, torch.float32)
+    grad = normal(2, 4, 5, 32, 32, seed=3)
+    expected = results(bn_gelu, given, grad)
+    found = results(bn_gelu, given | {"x_RC": given["x_RC"].flatten(0, -2)}, grad.flatten(0, -2))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.view(other.shape), other, rtol=1e-5, atol=1e-5)
 
 
 # torch.compile and autocast
@@ -322,6 +345,14 @@ def test_a_shape_is_refused(operator, given, how, said):
     assert refusal(operator, fine | wrong, **how) == said
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("size", [(2, 2**11, 2**16, 2**4), (2**27, 2**4)], ids=["maps", "rows"])
+def test_bn_gelu_refuses_a_sample_of_2_to_the_31_elements(size, device):
+    given = {name: torch.ones(16, device=device) for name in arguments(bn_gelu)}
+    given["x_RC"] = torch.zeros(1, device=device).expand(size)  # a single element of memory
+    assert f"{2**31:,} elements a sample: 2**31 are too many" in refusal(bn_gelu, given)
+
+
 EVERY = [(operator, name) for operator in REFERENCES for name in arguments(operator)]
 
 
@@ -351,3 +382,16 @@ def test_gradients_that_patches_do_not_have_are_refused(name):
     )
     with torch.no_grad():
         patches_gelu(**given)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the run that the test starts")
+def test_all_of_this_holds_for_the_interpreted_bn_gelu_too():
+    """But for the rounding to bfloat16: Triton's interpreter cuts off."""
+    which = "(bn_gelu or running_statistics or no_images) and not rounded_to_nearest"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", which]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout

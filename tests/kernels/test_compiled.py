@@ -39,6 +39,7 @@ NARROW_STORES = {
     "_batch_statistics_kernel",
     "_merge_kernel",
     "_bn_relu_weighted_sum_sums_kernel",
+    "_bn_gelu_sums_kernel",
     "_aggregate_weights_bwd_kernel",
 }
 

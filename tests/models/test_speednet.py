@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastcifar.models.speednet import Conv, SpeedNet
+from fastcifar.models.build import build_model
+from fastcifar.models.speednet import BatchNorm, Conv, SpeedNet
+from fastcifar.settings import Recipe, SpeedNetModel
 from fastcifar_kernels import amx
 
 needs_amx = pytest.mark.skipif(not amx.available(), reason="no AMX here")
@@ -57,6 +59,43 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 3, 20, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+# With the kernel for BatchNorm and GELU, which only a GPU takes
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_gelu_gives_what_pytorch_does(training, images, monkeypatch):
+    """The loops for the CPU stand in for the kernel: their GELU is off by up to 5e-4 in its slope."""
+    torch.manual_seed(0)
+    fused = SpeedNet(7, (8, 16, 16), fused_gelu=True).train(training)
+    plain = deepcopy(fused)
+    asked = []
+    monkeypatch.setattr(BatchNorm, "takes_kernel", lambda norm, x_NCHW: asked.append(x_NCHW) or norm.fused_gelu)
+    for group in plain.groups:
+        group.norm1.fused_gelu = group.norm2.fused_gelu = False
+    found, expected = results(fused, images), results(plain, images)
+    assert len(asked) == 2 * 6
+    assert all(x_NCHW.is_contiguous(memory_format=torch.channels_last) for x_NCHW in asked)  # so nothing is copied
+    assert found.keys() == expected.keys()
+    assert len(found) == 1 + 3 * 6 + training * (2 + 12)
+    for name, one in expected.items():
+        assert (found[name] - one).double().norm() <= 1e-2 * one.double().norm(), name
+
+
+def test_fused_gelu_changes_nothing_on_a_cpu(images):
+    fused = SpeedNet(7, (8, 16, 16), fused_gelu=True)
+    plain = SpeedNet(7, (8, 16, 16))
+    plain.load_state_dict(fused.state_dict())
+    assert torch.equal(fused(images), plain(images))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_recipe_says_whether_gelu_is_fused(fused):
+    model = build_model(Recipe(model=SpeedNetModel(fused_gelu=fused)), 10, 0)
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    assert [norm.fused_gelu for norm in norms] == [fused] * 6
+    assert [norm.takes_kernel(torch.ones(1, 1, 1, 1)) for norm in norms] == [False] * 6
 
 
 # On a CPU with AMX: images in groups of 32
