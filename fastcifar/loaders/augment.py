@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastcifar.loaders.repaint import draw_strokes, repaint
 from fastcifar.settings import Augment
+from fastcifar_kernels import crop_flip
 from fastcifar_kernels.loops import as_array, narrow
 
 # Mean and standard deviation of each channel over the CIFAR-10 training set, pixel values scaled to 0..1.
@@ -138,13 +139,25 @@ def apply(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dt
     if draws.augment.repaints:
         images_NHWC = draws.repaint(images_NHWC[ids_B], places_B)
         ids_B = torch.arange(len(ids_B), device=ids_B.device)
-    how = apply_numba if images_NHWC.device.type == "cpu" else _compiled()
+    if images_NHWC.device.type == "cpu":
+        how = apply_numba
+    elif draws.augment.rotate_deg or draws.augment.cutout_px:  # which the kernel does not know
+        how = _compiled()
+    else:
+        how = apply_kernel
     return how(images_NHWC, ids_B, draws, places_B, dtype)
 
 
 @cache
 def _compiled():
     return torch.compile(apply_torch)
+
+
+def apply_kernel(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """`apply` without rotation and cutout, in one Triton kernel on a GPU."""
+    rows = draws.shift_N2, draws.mirror_N, draws.gain_NC, draws.bias_NC
+    drawn = [rows_N[places_B] for rows_N in rows]
+    return crop_flip(images_NHWC, ids_B, *drawn, border=draws.augment.border, dtype=dtype)
 
 
 def apply_torch(images_NHWC: Tensor, ids_B: Tensor, draws: Draws, places_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,11 @@ UNITS: dict[str, Callable[[int, int], tuple[float, float]]] = {
     "bn_relu_pool, pool": lambda n, k: (2.25, 3.5),
     "bn_gelu": lambda n, k: (3, 6),
 }
-GPU_UNITS = {**UNITS, "bn_gelu": lambda n, k: (3, 5)}  # where its backward computes again what its loops store
+GPU_UNITS = {
+    **UNITS,
+    "bn_gelu": lambda n, k: (3, 5),  # its backward computes again what its loops store
+    "crop_flip, reflect": lambda n, k: (3, 0),  # bytes to bfloat16; on a CPU it is plain torch
+}
 
 
 def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
@@ -72,7 +76,7 @@ def rows(device: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -
             given = {name: tensor.to(dtype) if name in case.typed else tensor for name, tensor in case.tensors.items()}
             times_s, peaks = measure(case, given, device)
             for i, direction in enumerate(("forward", "backward")):
-                if direction == "backward" and case.op == "batch_statistics":
+                if direction == "backward" and "grad" not in case.tensors:
                     continue
                 size = units[name](*shape[:2])[i] * unit_bytes(case.op, given)
                 yield [
@@ -102,9 +106,10 @@ def gate(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def unit_bytes(op: str, given: dict[str, Tensor]) -> int:
-    """The size of one map, or of one set of filters."""
-    if "x" in given:
-        return given["x"].nbytes
+    """The size of one map, of one set of filters, or of the bytes of a batch of images."""
+    for name in ("x", "images"):
+        if name in given:
+            return given[name].nbytes
     stack = given["w"] if op == "aggregate_weights" else given["y"]
     return stack.nbytes // stack.size(0 if op == "aggregate_weights" else 1)
 
@@ -121,7 +126,9 @@ def quantiles(times_s: list[float]) -> dict[str, float]:
 def measure(case: verify.Case, given: dict[str, Tensor], device: str) -> tuple[dict[str, list], dict[str, int | None]]:
     """Each candidate's seconds for (forward, backward) in every round, and its peak of memory beyond the arguments."""
     leaves = {
-        name: t.requires_grad_() for name, t in given.items() if name not in ("grad", "running_mean", "running_var")
+        name: t.requires_grad_()
+        for name, t in given.items()
+        if name not in ("grad", "running_mean", "running_var") and t.is_floating_point()
     }
     given = given | leaves
     torch.compiler.reset()

@@ -96,6 +96,8 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
     y_NKCHW = meta(n, h, w, k, c, dtype=dtype).permute(0, 3, 4, 1, 2)
     map_NCHW, coef_NK = meta(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2), meta(n, k)
     affine = [meta(k, c) for _ in range(4)]
+    images, out = meta(n, h, w, 3, dtype=torch.uint8), meta(n, h, w, 3, dtype=dtype)
+    drawn = meta(n, dtype=torch.int64), meta(n, 2, dtype=torch.int64), meta(n, dtype=torch.bool), meta(n, 3), meta(n, 3)
     w_KM, out_NM = meta(k, c * c * 9), meta(n, c * c * 9, dtype=dtype)
     plain, normalised = operators["weighted_sum"], operators["bn_relu_weighted_sum"]
     aggregate, statistics = operators["aggregate_weights"], operators["batch_statistics"]
@@ -115,6 +117,8 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
         lambda: gelu._triton_forward(rows, norm, 1e-5, rows),
         lambda: gelu._triton_backward(rows, norm, rows, 1e-5, True, rows),
         lambda: gelu._triton_backward(rows, norm, rows, 1e-5, False, rows),
+        lambda: operators["crop_flip"]._triton_forward(images, *drawn, True, out),
+        lambda: operators["crop_flip"]._triton_forward(images, *drawn, False, out),
         lambda: aggregate._triton_forward(w_KM, coef_NK, out_NM),
         lambda: aggregate._triton_backward(w_KM, coef_NK, out_NM),
     ]
@@ -122,7 +126,7 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Callable[[], ob
 
 def triton_modules() -> tuple[str, ...]:
     plain = "weighted_sum", "scaled_copies", "batch_statistics", "aggregate_weights"
-    return *plain, "bn_relu_weighted_sum", "bn_gelu"
+    return *plain, "bn_relu_weighted_sum", "bn_gelu", "crop_flip"
 
 
 def examine(arch: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Compiled]:

@@ -37,6 +37,7 @@ from fastcifar_kernels import (
     bn_relu_weighted_sum,
     conv_blocked,
     conv_matmul,
+    crop_flip,
     patches_gelu,
     scaled_copies,
     tiles,
@@ -49,6 +50,7 @@ from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.conv_blocked import conv_blocked_reference
 from fastcifar_kernels.conv_matmul import conv_matmul_reference
+from fastcifar_kernels.crop_flip import Border, crop_flip_reference
 from fastcifar_kernels.guarded import guarding
 from fastcifar_kernels.layout import runs_triton
 from fastcifar_kernels.patches_gelu import patches_gelu_reference
@@ -206,6 +208,8 @@ def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     yield from cases_of_rows(shape, normal, norm)
     if loops and math.prod(shape) <= BLOCKED_ELEMENTS:
         yield from cases_of_groups(shape, normal)
+    if not loops:  # on a CPU it is plain torch
+        yield from cases_of_bytes(shape, normal)
 
     side = min(h, 3)
     w_KOIHW = normal(k, c, min(c, 8) + 1, side, side)
@@ -257,6 +261,24 @@ def cases_of_groups(shape: tuple[int, ...], normal: Callable[..., Tensor]) -> It
         for variant, tensors in {"": lying, "gaps": lying, "NCHW": plain, "float32 filters": masters}.items():
             typed = ("x", "grad") if tensors is masters else ("x", "w", "grad")
             yield Case("patches_gelu", shape, variant, tensors, typed, call_patches_gelu, ("x", "w", "grad"))
+
+
+def cases_of_bytes(shape: tuple[int, ...], normal: Callable[..., Tensor]) -> Iterator[Case]:
+    """`crop_flip` of N images, small ones enlarged: more than one program is to work on each."""
+    n, _, _, h, w = shape
+    height, width = (h, w) if h * w >= 256 else (h + 13, w + 14)
+    shift_N2 = (normal(n, 2) * 10).round().long().clamp(1 - min(height, width), min(height, width) - 1)
+    given = {
+        "images": (128 + 60 * normal(n, height, width, 3)).clamp(0, 255).to(torch.uint8),
+        "ids": (normal(n) * n).long() % n,
+        "shift": shift_N2,
+        "mirror": normal(n) > 0,
+        "gain": normal(n, 3).float() / 64,
+        "bias": normal(n, 3).float(),
+        "like": normal(1),  # of the type that is asked for
+    }
+    for border in ("reflect", "black"):
+        yield Case("crop_flip", shape, border, given, ("like",), partial(call_crop_flip, border=border), tuple(given))
 
 
 def call_weighted_sum(which: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -316,6 +338,12 @@ def call_bn_gelu(which: str, tensors: dict[str, Tensor], training: bool) -> tupl
     return function(tensors["x"], tensors["bias"], *running, training=training), *running
 
 
+def call_crop_flip(which: str, tensors: dict[str, Tensor], border: Border) -> tuple[Tensor, ...]:
+    function = {"kernel": crop_flip, "reference": crop_flip_reference}[which]
+    *given, like = tensors.values()
+    return (function(*given, border=border, dtype=like.dtype),)
+
+
 def call_conv_blocked(which: str, tensors: dict[str, Tensor], pool: bool) -> tuple[Tensor, ...]:
     function = {"kernel": conv_blocked, "reference": conv_blocked_reference}[which]
     return (function(tensors["x"], tensors["w"], pool),)
@@ -351,7 +379,10 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
     faults = []
     with guarding() as guard:
         gap = 1 if "gaps" in case.variant else 0
-        inside = {name: guard.copy(tensor, gap) for name, tensor in given.items()}
+        inside = {
+            name: guard.copy(tensor, gap) if tensor.is_floating_point() else tensor.clone()  # no NaN to guard it with
+            for name, tensor in given.items()
+        }
         found = results(case, "kernel", inside)
         # The interpreter runs one program after the other: a second run could teach nothing.
         again = found if knobs.runtime.interpret else results(case, "kernel", inside)
@@ -361,7 +392,7 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
         faults.append("changed its input")
     if any(not torch.equal(found[name], again[name]) for name in found if not found[name].isnan().any()):
         faults.append("differs when run again")
-    exact = {name: tensor.double() for name, tensor in given.items()}
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
     truth = results(case, "reference", exact)
     shaken = [shaken_results(case, exact, dtype, seed) for seed in range(SHAKES)]
     # In both memory layouts, as plain torch rounds differently in each (on a CPU, batch_norm is more precise in NCHW).
@@ -385,7 +416,7 @@ def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tenso
     outputs = case.call(which, given | leaves)
     names = {"batch_statistics": ("mean", "variance")}.get(case.op, ("out", "running_mean", "running_var"))
     found = dict(zip(names, outputs, strict=False))
-    if "out" in found:
+    if "out" in found and leaves:
         grads = torch.autograd.grad(found["out"], list(leaves.values()), given["grad"].to(found["out"].dtype))
         found |= {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: tensor.detach() for name, tensor in found.items()}
@@ -467,7 +498,10 @@ def shake(exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every value up or down by one float32 rounding."""
     generator, half_ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps / 2
     signs = {name: torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2 - 1 for name, t in exact.items()}
-    return {name: tensor * (1 + half_ulp * signs[name]) for name, tensor in exact.items()}
+    return {
+        name: tensor * (1 + half_ulp * signs[name]) if tensor.is_floating_point() else tensor
+        for name, tensor in exact.items()
+    }
 
 
 class GeluOff(torch.autograd.Function):
@@ -551,7 +585,7 @@ def main(words: list[str] | None = None) -> int:
     """Verify everything that this machine can run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
-    names += ["bn_gelu", *OF_THE_CPU]
+    names += ["bn_gelu", "crop_flip", *OF_THE_CPU]
     parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
     ops = parser.parse_args(words).op
     if knobs.runtime.interpret:

@@ -5,7 +5,7 @@ Each is (name, file, old text, new text, operator): the old text occurs once in 
 
 WS, SC, BS = "weighted_sum", "scaled_copies", "batch_statistics"
 BN, AW, BP, CM = "bn_relu_weighted_sum", "aggregate_weights", "bn_relu_pool", "conv_matmul"
-CB, BG, PG = "conv_blocked", "bn_gelu", "patches_gelu"
+CB, BG, PG, CF = "conv_blocked", "bn_gelu", "patches_gelu", "crop_flip"
 
 TRITON = (
     # How work is cut into programs and tiles
@@ -146,6 +146,20 @@ TRITON = (
     ("GELU's gradient without mask", "bn_gelu.py", "grad_x_PC, inside)", "grad_x_PC)", BG),
     ("GELU's gradient of the statistics in eval mode", "bn_gelu.py", "BATCH_STATISTICS=use_batch",
      "BATCH_STATISTICS=True", BG),
+    # crop_flip
+    ("never mirrored", "crop_flip.py", "column_X = WIDTH - 1 - column_X", "column_X = column_X", CF),
+    ("always mirrored", "crop_flip.py", "if tl.load(mirror_ptr + b):", "if True:", CF),
+    ("columns shifted as rows", "crop_flip.py", "shift_ptr + 2 * b + 1", "shift_ptr + 2 * b", CF),
+    ("rows not shifted", "crop_flip.py", "_source(row_X + tl.load(shift_ptr + 2 * b).to(tl.int32)", "_source(row_X", CF),
+    ("images in their own order", "crop_flip.py", "tl.load(ids_ptr + b) +", "b +", CF),
+    ("border repeated", "crop_flip.py", "(side - 1) - tl.abs((side - 1) - tl.abs(place))",
+     "(side - 1) - tl.abs(side - tl.abs(place))", CF),
+    ("black reflected", "crop_flip.py", " if REFLECT else place", "", CF),
+    ("nothing black on the left", "crop_flip.py", "(column_X >= 0) & (column_X", "(column_X", CF),
+    ("gain of the first image", "crop_flip.py", "gain_ptr + 3 * b + c_X", "gain_ptr + c_X", CF),
+    ("bias of the first channel", "crop_flip.py", "bias_ptr + 3 * b + c_X", "bias_ptr + 3 * b", CF),
+    ("first piece of an image alone", "crop_flip.py", "tl.program_id(1) * BLOCK + tl.arange", "tl.arange", CF),
+    ("images stored without mask", "crop_flip.py", 'float("nan")), inside_X)', 'float("nan")))', CF),
 )  # fmt: skip
 
 NUMBA = (

@@ -35,6 +35,7 @@ with get_context("fork").Pool(2) as pool:
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # These read filters once, or write sums, a few values for each tile or channel: that may be narrow.
 NARROW_LOADS = {"_aggregate_weights_fwd_kernel"}
+BYTE_LOADS = {"_crop_flip_fwd_kernel"}  # looks up bytes that a mirror may have turned around
 NARROW_STORES = {
     "_batch_statistics_kernel",
     "_merge_kernel",
@@ -87,9 +88,9 @@ def test_threads_load_and_store_16_bytes_at_once(rows):
     wide = [row for row in rows if row.shape[2] * ITEM_BYTES[row.dtype] % 16 == 0 and math.prod(row.shape) > 2**20]
     assert len({row.kernel for row in wide}) == len({row.kernel for row in rows})
     for row in wide:
-        if row.kernel not in NARROW_LOADS:
+        if row.kernel not in NARROW_LOADS | BYTE_LOADS:
             assert 128 in row.loads, row
-        assert min(row.loads) > 16, row
+        assert min(row.loads) > 16 or row.kernel in BYTE_LOADS, row
         if row.kernel not in NARROW_STORES:
             assert 128 in row.stores, row
 
