@@ -1,8 +1,9 @@
 """Augmentation: what is drawn for each image, and the one pass that applies it.
 
 `draw` decides, for every loader: so they all show a model the same pictures. `apply` then makes a batch of uint8 images
-normalised images in the compute dtype, by `apply_torch`, plain indexing on any device, or `apply_numba`, a parallel
-kernel for the CPU; on a CPU both give the same bits.
+normalised images in the compute dtype, by `apply_torch`, plain indexing on any device, `apply_numba`, a parallel kernel
+for the CPU, or `apply_kernel`, one for a GPU that neither rotates nor cuts out. On a CPU the first two give the same
+bits; the third gives them in Triton's interpreter.
 
 Policies, saturation and hue come first, in `repaint.py`, from bytes to bytes.
 

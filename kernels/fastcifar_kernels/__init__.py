@@ -19,10 +19,10 @@ and, on the matrix unit of recent Xeons (AMX), in bfloat16, for images that lie 
     patches_gelu             a frozen 2x2 convolution of colour images with GELU: where the groups come from
 
 All but batch_statistics and crop_flip are differentiable, and all work under torch.compile(fullgraph=True) and autocast
-and give the same bits every time. CUDA tensors take the Triton kernels; CPU tensors take parallel numba loops (crop_flip:
-plain torch), or, under TRITON_INTERPRET=1, the Triton kernels in Triton's interpreter. The last four have no Triton
-kernel: beyond the CPU, the last two beyond AMX, they are plain torch. `python -m fastcifar_kernels.verify` compares them
-all with float64.
+and give the same bits every time. CUDA tensors take the Triton kernels; CPU tensors take parallel numba loops, but for
+crop_flip, which is plain torch there, or, under TRITON_INTERPRET=1, the Triton kernels in Triton's interpreter. The
+last four have no Triton kernel: beyond the CPU, the last two beyond AMX, they are plain torch.
+`python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;
 for filters O output channels, I input channels; G groups of M = 32 images, R rows of channels.

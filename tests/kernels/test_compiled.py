@@ -95,6 +95,27 @@ def test_threads_load_and_store_16_bytes_at_once(rows):
             assert 128 in row.stores, row
 
 
+def test_crop_flip_rounds_after_the_multiplication_too():
+    """As plain torch does: fused with the addition, it would give other bits."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PTX_OF_CROP_FLIP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(".entry _crop_flip_fwd_kernel") == 2
+    assert "mul.f32" in done.stdout or "mul.rn.f32" in done.stdout
+    assert "fma" not in done.stdout
+
+
+PTX_OF_CROP_FLIP = """
+import torch
+from fastcifar_kernels import compiled
+
+for dtype in (torch.float32, torch.bfloat16):
+    with compiled.compiling_only(90) as launched:
+        for launch in compiled.launches((32, 1, 8, 32, 32), dtype):
+            if "drawn" in launch.__code__.co_freevars:
+                launch()
+    print(launched[0][1].asm["ptx"])
+"""
 PTX = """
     @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
     @%p1 ld.global.L1::evict_last.v2.b64 { %rd4, %rd5 }, [ %rd1 + 0 ];

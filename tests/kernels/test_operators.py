@@ -69,6 +69,8 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
     small_GHWMO, of_four = out_GHWMO[:, ::2, ::2].contiguous(), torch.zeros(n, h // 2, w // 2, 32, 2, 2).int()
     images_NCHW, w_O3HW, bias_O = pixels(40, 3, h, w, dtype=torch.bfloat16), normal(24, 3, 2, 2), normal(24)
     patches_GHWMO = normal(2, h - 1, w - 1, 32, 32, dtype=torch.bfloat16)
+    ids_B, shift_B2 = torch.tensor([1, 0, 1]), torch.tensor([[0, 1], [-2, 0], [1, -1]])
+    drawn = torch.randint(256, (n, h, w, 3), dtype=torch.uint8), ids_B, shift_B2, ids_B > 0, normal(3, 3), normal(3, 3)
     x_RC, rows_norm = map_NCHW.permute(0, 2, 3, 1), (*row_norm[:2], row_norm[3])
     return {
         "weighted_sum": [(y_NKCHW, coef_NK, None), (y_NKCHW, coef_NK, map_NCHW), (y_NKCHW[:0], coef_NK[:0], None)],
@@ -98,6 +100,7 @@ def samples(n: int, k: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[
             (x_RC, *rows_norm, x_RC.flip(0), 1e-5, True),
             (x_RC.contiguous(), *rows_norm, x_RC.flip(0), 1e-5, False),
         ],
+        "crop_flip": [(*drawn, True, dtype), (*drawn, False, dtype)],
         "conv_blocked": [(x_GHWMC, filters_OCHW, False), (x_GHWMC, lying_OCHW, True)],
         "conv_blocked_backward": [
             (x_GHWMC, lying_OCHW, which, out_GHWMO, False, True),
@@ -116,6 +119,7 @@ CONSTANT = {
     "bn_relu_pool": (1, 2, 5),
     "bn_gelu": (1, 2),
     "patches_gelu": (0, 1),
+    "crop_flip": tuple(range(6)),
 }
 
 

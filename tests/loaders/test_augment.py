@@ -1,6 +1,10 @@
 """The two ways to augment agree bit for bit, and both do what their names say."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +140,49 @@ def test_reflection_does_not_repeat_the_border(side_px):
     place = torch.arange(-3, side_px + 3)
     expected = F.pad(torch.arange(side_px).float()[None, None], (3, 3), "reflect")[0, 0].long()
     assert torch.equal(aug.reflect(place, side_px), expected)
+
+
+# The kernel for a GPU. Without Triton's interpreter it is plain torch here: a second way to write the same down.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("augment", [
+    aug.PLAIN,
+    Augment(),
+    Augment(crop_px=31, flip="random"),
+    Augment(crop_px=5, border="black", flip="random", brightness=0.2, contrast=0.3),
+], ids=["plain", "default", "far", "black"])  # fmt: skip
+def test_kernel_equals_torch_and_numba(augment, dtype):
+    draws, ids_B, (plain, fast) = apply_both(augment, dtype)
+    found = aug.apply_kernel(IMAGES_NHWC, ids_B, draws, ids_B, dtype)
+    assert torch.equal(found, plain)
+    assert torch.equal(found, fast)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the run that the test starts")
+def test_interpreted_kernel_equals_torch_and_numba():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "test_kernel_equals"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "8 passed" in done.stdout
+
+
+@pytest.mark.parametrize(("augment", "way"), [
+    (Augment(), "kernel"),
+    (Augment(crop_px=3, border="black", brightness=0.1), "kernel"),
+    (Augment(rotate_deg=5.0), "compiled"),
+    (Augment(cutout_px=4), "compiled"),
+])  # fmt: skip
+def test_a_gpu_takes_the_kernel_unless_something_is_rotated_or_cut_out(augment, way, monkeypatch):
+    """A device without memory stands in for it."""
+    taken = []
+    monkeypatch.setattr(aug, "_compiled", lambda: lambda *_: taken.append("compiled"))
+    monkeypatch.setattr(aug, "apply_kernel", lambda *_: taken.append("kernel"))
+    draws = aug.draw(augment, len(IMAGES_NHWC), 32, 0, 0).to(torch.device("meta"))
+    ids_B = torch.arange(8, device="meta")
+    aug.apply(IMAGES_NHWC.to("meta"), ids_B, draws, ids_B, torch.bfloat16)
+    assert taken == [way]
