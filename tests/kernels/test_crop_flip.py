@@ -59,7 +59,7 @@ def test_one_pixel_at_a_time():
 
 def test_arguments_may_be_slices_of_larger_tensors():
     given = arguments()
-    sliced = {name: torch.stack([t, torch.ones_like(t)], -1)[..., 0] for name, t in given.items()}
+    sliced: dict[str, Any] = {name: torch.stack([t, torch.ones_like(t)], -1)[..., 0] for name, t in given.items()}
     assert not any(tensor.is_contiguous() for tensor in sliced.values())
     assert torch.equal(crop_flip(**sliced), crop_flip(**given))
 
