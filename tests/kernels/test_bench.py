@@ -57,6 +57,17 @@ def test_bytes_are_those_of_the_docstrings():
     assert rows["aggregate_weights", "forward"] == (3 + 2) * filters
 
 
+def test_a_gpu_times_every_operator_on_the_shapes_that_it_meets():
+    shapes = {
+        op: [s for s in bench.GPU_SHAPES if bench.suits(op, s)] for op in ("crop_flip", "bn_gelu", "weighted_sum")
+    }
+    assert shapes["crop_flip"] == [(2000, 1, 3, 32, 32)]
+    assert shapes["weighted_sum"] == list(bench.GPU_SHAPES[:5])
+    assert shapes["bn_gelu"] == [*bench.GPU_SHAPES[:5], *bench.GPU_SHAPES[6:]]
+    assert bench.GPU_UNITS["bn_gelu"](2000, 1) == (1 + 1 + 1, 2 + 2 + 1)
+    assert bench.GPU_UNITS["crop_flip, reflect"](2000, 1) == (1 + 2, 0)
+
+
 def test_without_a_compiler_the_rest_is_measured(monkeypatch, capsys):
     def refuse(*_):
         raise BackendCompilerFailed(refuse, RuntimeError("no compiler"), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcifar_kernels import amx, bn_gelu, conv_blocked, patches_gelu, verify
-from fastcifar_kernels.bn_gelu import CUT, PHI, SLOPE, bn_gelu_reference
+from fastcifar_kernels.bn_gelu import CUT, PHI, SLOPE, _samples, bn_gelu_reference
 from fastcifar_kernels.conv_blocked import conv_blocked_reference
 from fastcifar_kernels.patches_gelu import patches_gelu_reference
 
@@ -139,6 +139,14 @@ def test_bn_gelu_of_rows_is_that_of_a_map():
     found = results(bn_gelu, given | {"x_RC": given["x_RC"].flatten(0, -2)}, grad.flatten(0, -2))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.view(other.shape), other, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_on_a_gpu_are_one_sample_unless_32_bits_cannot_count_them():
+    """A device without memory stands in for it."""
+    assert _samples(torch.empty(3, 4, 5, 8, device="meta")).shape == (1, 60, 8)
+    assert _samples(torch.empty(4, 2**14, 2**13, 8, device="meta")).shape == (4, 2**27, 8)
+    assert _samples(torch.empty(3, 4, 5, 8)).shape == (3, 20, 8)
+    assert _samples(torch.empty(60, 8)).shape == (1, 60, 8)
 
 
 # torch.compile and autocast
