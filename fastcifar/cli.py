@@ -185,9 +185,12 @@ def bench(chosen: Namespace, started_s: float) -> int:
         from fastcifar_kernels import bench
 
         return bench.run(options.out, source_commit())
-    from fastcifar.benchmarks import loaders
+    from fastcifar.benchmarks import loaders, train
     from fastcifar.display import Display
 
+    if chosen.subcommand == "train":
+        where = {"dataset": options.dataset, "data": options.data, "device": options.device}
+        return train.run(options.recipe, options.seeds, options.target, where, options.out, Display())
     return loaders.run(loaders.job(options.dataset, options.data, options.device), options.out, Display())
 
 

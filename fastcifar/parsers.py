@@ -70,7 +70,7 @@ def build_parser(words: list[str]) -> ArgumentParser:
     verbs.add_subcommand("data", data_parser(), help="prepare, verify or describe a data set")
     verbs.add_subcommand("recipes", recipes_parser(), help="list the recipes or show one")
     bench = ArgumentParser(exit_on_error=False, description="Measure, on the GPU if there is one.")
-    verbs.add_subcommand("bench", bench, help="measure the kernels or the loaders")
+    verbs.add_subcommand("bench", bench, help="measure the kernels, the loaders or training")
     add_benchmarks(bench)  # jsonargparse wants a parser to have its place before it gets verbs of its own
     for verb, help in STUDIES.items():
         verbs.add_subcommand(verb, ArgumentParser(exit_on_error=False), help=help)
@@ -140,6 +140,14 @@ def add_benchmarks(parser: ArgumentParser) -> None:
         "--out", type=Path | None, default=None, help="write a JSON file, and a chart (.png) beside it"
     )
     what.add_subcommand("loaders", loaders, help="the loaders beside what a training step takes")
+    train = ArgumentParser(exit_on_error=False, description="Images a second, TFLOP/s, memory and energy by recipe.")
+    train.add_argument("--recipe", nargs="+", type=str, default=[], help="which (default: one of each kind)")
+    add_data_arguments(train)
+    train.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
+    train.add_argument("--seeds", type=int, default=0, help="also so many complete trainings of each, on all GPUs")
+    train.add_argument("--target", type=float | None, default=None, help="test that their mean accuracy is above this")
+    train.add_argument("--out", type=Path | None, default=None, help="write a JSON file, the trainings beside it")
+    what.add_subcommand("train", train, help="how fast this GPU trains, and how much of its peak that is")
 
 
 def verify_parser() -> ArgumentParser:

@@ -1,0 +1,284 @@
+"""`fastcifar bench train`: how fast this GPU trains each recipe, and how much of what it can do that is.
+
+Steps of `train_step` (forward, backward, optimizers) on a batch made beforehand, at every image size of a recipe, the
+recipes in turn, so that a slow moment hits all alike. A sample is a few steps between two times that the program waits
+for the device, as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands
+at half time, where a speed recipe's whitening no longer learns, as for most of its steps.
+
+Arithmetic is that of convolutions and matrix products, forward and backward, counted on the plain network: an operator
+of ours, a recomputation or the optimizer adds nothing to it. Its yardstick is the fastest of a few matrix products in
+the same run. With --seeds, complete trainings as well (`seeds.py`).
+"""
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastcifar.benchmarks.energy import ReadJoules, open_counter
+from fastcifar.benchmarks.loaders import make_room, versions
+from fastcifar.benchmarks.seeds import Plan, summarise, train_all
+from fastcifar.benchmarks.seeds import table as seeds_table
+from fastcifar.devices import out_of_memory_named, pick_device, synchronize
+from fastcifar.display import Display
+from fastcifar.errors import EXIT_DONE, DataError, UsageError, UserError
+from fastcifar.job import Job
+from fastcifar.models.build import build_model
+from fastcifar.optim.schedule import set_learning_rates
+from fastcifar.process import physical_cores, processor
+from fastcifar.recipes import find_recipe
+from fastcifar.resize import resize
+from fastcifar.run import source_commit, write_json
+from fastcifar.settings import Recipe
+from fastcifar.setup import Setup, set_up
+from fastcifar.train import train_step
+
+# From cheap to costly, one of each kind that a GPU may suit differently; the last ones on operators of our own.
+RECIPES = ("speed-narrow", "speed", "speed-wide", "airbench94", "resnet34", "dynamic11", "dynamic4")
+ROUNDS = {"cuda": 30, "cpu": 3}
+STEPS = {"cuda": 10, "cpu": 1}  # of a sample
+PEAK_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048)}
+PEAK_ROUNDS = 5
+ENERGY_S = 2.0  # of steps for each reading of a counter that moves every tenth of a second
+HALF_TIME = 0.5
+COUNTED_IMAGES = 32
+NOT_MEASURED = "not measured"
+
+
+def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: Path | None, display: Display) -> int:
+    """Measure, print tables, write `out` (JSON); returns the exit code: 1 if a recipe, or a training, went wrong.
+
+    Args:
+        where: `dataset`, `data` and `device`, as Job has them.
+
+    Raises DataError, DeviceError, UsageError.
+    """
+    if seeds < 0 or (seeds and out is None) or (target is not None and not seeds):
+        problem = "must not be negative" if seeds < 0 else "a number of complete trainings, kept beside --out"
+        raise UsageError(f"--seeds: {problem}.", "--seeds 20 --target 0.94 --out bench.json")
+    if target is not None and not 0 < target < 1:
+        raise UsageError(f"--target: is an accuracy between 0 and 1, not {target:g}.", "--target 0.94")
+    jobs = {name: Job(name, find_recipe(name), **where, steps=1) for name in recipes or RECIPES}
+    device = pick_device(where["device"])
+    if out is not None:
+        make_room(out)
+    setups, failed = open_setups(jobs, display)
+    report = {**facts(device, where["dataset"]), **measure(setups, device, display), "failed": failed}
+    display.close()
+    for line in table(report):
+        print(line)
+    if out is not None:
+        write_json(out, report)
+        if seeds:
+            del setups  # or the trainings have less memory
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            plan = Plan(list(jobs), seeds, where, out.with_name(f"{out.stem}-runs"))
+            trainings = train_all(plan, display)
+            report["seeds"] = summarise(trainings, plan, target)
+            for line in seeds_table(report["seeds"]):
+                print(line)
+            write_json(out, report)
+            failed = failed or [row for row in report["seeds"]["recipes"] if row["failed"]]
+    return 1 if failed else EXIT_DONE
+
+
+def facts(device: torch.device, dataset: str) -> dict:
+    """What the figures depend on beside the code."""
+    return {
+        "machine": f"{processor()}, {physical_cores()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+        "commit": source_commit(),
+        "dataset": dataset,
+    }
+
+
+def open_setups(jobs: dict[str, Job], display: Display) -> tuple[dict[str, Setup], dict[str, str]]:
+    """({recipe: ready to train}, {recipe: why not}). A wrong path or a missing data set is everybody's, and raised."""
+    setups, failed = {}, {}
+    for name, job in jobs.items():
+        display.say(f"{name}: setting up")
+        try:
+            with out_of_memory_named(job.settings.batch_size):
+                setups[name] = set_up(job, display)
+        except DataError:
+            raise
+        except Exception as error:  # a kernel or compiler may fail in any way, and the other recipes still be fine
+            failed[name] = describe(error)
+            display.say(f"! {name}: {failed[name]}")
+    return setups, failed
+
+
+def describe(error: Exception) -> str:
+    """One line of an error."""
+    if isinstance(error, UserError):
+        return error.message
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+# Measuring
+
+
+class Course:
+    """The steps of one recipe at one image size, on one batch."""
+
+    def __init__(self, setup: Setup, image_px: int):
+        self.setup, self.image_px = setup, image_px
+        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.recipe.dtype == "float16")
+        x_BCHW, self.y_B = next(setup.loader.epoch(0))
+        self.x_BCHW = resize(x_BCHW, image_px)
+        set_learning_rates(setup.optimizers, HALF_TIME, setup.recipe.optim)
+        self.rates: list[float] = []
+
+    def time_steps(self, steps: int) -> float:
+        """Seconds that so many take. Raises ArithmeticError: the loss is no longer a number, so nothing is measured."""
+        synchronize(self.setup.device)
+        began_s = time.perf_counter()
+        for _ in range(steps):
+            loss, _ = train_step(self.setup, self.setup.recipe, self.scaler, self.x_BCHW, self.y_B)
+        synchronize(self.setup.device)
+        seconds = time.perf_counter() - began_s
+        if not torch.isfinite(loss):
+            raise ArithmeticError(f"recipe {self.setup.name}, {self.image_px} px: the loss became {loss.item()}")
+        return seconds
+
+    def sample(self) -> None:
+        steps = STEPS[self.setup.device.type]
+        self.rates.append(steps * len(self.y_B) / self.time_steps(steps))
+
+
+def measure(setups: dict[str, Setup], device: torch.device, display: Display) -> dict:
+    """Rows of figures for each recipe and image size, and the yardsticks from the same run."""
+    sizes = {name: sorted({stage.image_px for stage in setup.recipe.stages}) for name, setup in setups.items()}
+    courses = [Course(setup, image_px) for name, setup in setups.items() for image_px in sizes[name]]
+    memory_bytes = [peak_of_a_step(course) for course in courses]  # which also warms them up
+    for round_ in range(ROUNDS[device.type]):
+        for course in courses:
+            display.work(f"{course.setup.name} at {course.image_px} px", round_, ROUNDS[device.type])
+            course.sample()
+    peaks = {dtype: matrix_peak(dtype, device) for dtype in {course.setup.recipe.dtype for course in courses}}
+    read_joules, why_no_energy = open_counter(device)
+    rows = [
+        describe_course(course, peaks[course.setup.recipe.dtype], bytes_, read_joules)
+        for course, bytes_ in zip(courses, memory_bytes, strict=True)
+    ]
+    return {"matrix_peak_tflop_per_s": peaks, "rows": rows, "no_energy": why_no_energy}
+
+
+def describe_course(course: Course, peak: float, memory_bytes: int | None, read_joules: ReadJoules | None) -> dict:
+    recipe = course.setup.recipe
+    tenths = statistics.quantiles(course.rates, n=10, method="inclusive")
+    images_per_s = statistics.median(course.rates)
+    flop = count_flop(recipe, len(course.setup.dataset.class_names), course.image_px)
+    return {
+        "recipe": course.setup.name,
+        "image_px": course.image_px,
+        "batch_size": recipe.batch_size,
+        "dtype": recipe.dtype,
+        "images_per_s": images_per_s,
+        "p20_images_per_s": tenths[1],
+        "p80_images_per_s": tenths[7],
+        "samples": len(course.rates),
+        "steps_a_sample": STEPS[course.setup.device.type],
+        "flop_per_image": flop,
+        "tflop_per_s": flop * images_per_s / 1e12,
+        "share_of_matrix_peak": flop * images_per_s / 1e12 / peak,
+        "peak_memory_bytes": memory_bytes,
+        "joules_per_1000_images": None if read_joules is None else energy(course, read_joules),
+    }
+
+
+def peak_of_a_step(course: Course) -> int | None:
+    """The most memory that training this recipe alone takes: the others' data is subtracted. None on a CPU."""
+    device = course.setup.device
+    course.time_steps(1)  # by which the optimizers have their state
+    if device.type == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    course.time_steps(1)
+    return torch.cuda.max_memory_allocated(device) - before + own_bytes(course)
+
+
+def own_bytes(course: Course) -> int:
+    """What lies in memory between two steps: the images, the model, the optimizers' state and the batch."""
+    setup = course.setup
+    state = [t for optimizer in setup.optimizers for of in optimizer.state.values() for t in of.values()]
+    tensors = [*setup.model.parameters(), *setup.model.buffers(), *state, course.x_BCHW, course.y_B]
+    resident = sum(split.images_NHWC.nbytes for split in (setup.dataset.train, setup.dataset.test))
+    return resident + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def count_flop(recipe: Recipe, classes: int, image_px: int) -> float:
+    """Of convolutions and matrix products for one image, forward and backward; a multiplication and an addition are 2.
+
+    The network is counted in float32 on tensors without contents: where the operators of our own are plain torch, or
+    stand for what is no matrix product.
+    """
+    model = build_model(recipe.from_scratch(), classes, seed=0).train()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with FakeTensorMode() as fake:
+        state: dict[str, torch.Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named.items()}
+        x_BCHW = torch.empty(COUNTED_IMAGES, 3, image_px, image_px).contiguous(memory_format=torch.channels_last)
+        with FlopCounterMode(display=False) as counter:
+            functional_call(model, state, (x_BCHW,)).sum().backward()
+    return counter.get_total_flops() / COUNTED_IMAGES
+
+
+def matrix_peak(dtype: str, device: torch.device) -> float:
+    """TFLOP/s of the fastest of a few square matrix products."""
+    best = 0.0
+    for size in PEAK_SIZES[device.type]:
+        a_NN, b_NN = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+        for _ in range(1 + PEAK_ROUNDS):
+            synchronize(device)
+            began_s = time.perf_counter()
+            for _ in range(STEPS[device.type]):
+                torch.mm(a_NN, b_NN)
+            synchronize(device)
+            best = max(best, STEPS[device.type] * 2 * size**3 / (time.perf_counter() - began_s) / 1e12)
+    return best
+
+
+def energy(course: Course, read_joules: ReadJoules) -> float:
+    """Joules of the whole board for a thousand images, over seconds of steps without a pause."""
+    course.sample()
+    began_s, began_j, images = time.perf_counter(), read_joules(), 0
+    while time.perf_counter() - began_s < ENERGY_S:
+        course.time_steps(STEPS[course.setup.device.type])
+        images += STEPS[course.setup.device.type] * len(course.y_B)
+    return (read_joules() - began_j) / images * 1000
+
+
+# Reporting
+
+
+def table(report: dict) -> Iterator[str]:
+    """The report as lines of Markdown."""
+    yield "| recipe | pixels | images/s | 20 to 80 of 100 samples | TFLOP/s | of matrix peak | memory | J/1000 images |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for row in report["rows"]:
+        memory, joules = row["peak_memory_bytes"], row["joules_per_1000_images"]
+        cells = (
+            row["recipe"],
+            str(row["image_px"]),
+            f"{row['images_per_s']:,.0f}",
+            f"{row['p20_images_per_s']:,.0f} to {row['p80_images_per_s']:,.0f}",
+            f"{row['tflop_per_s']:.2f}",
+            f"{row['share_of_matrix_peak']:.0%}",
+            NOT_MEASURED if memory is None else f"{memory / 2**30:.2f} GiB",
+            NOT_MEASURED if joules is None else f"{joules:.2f}",
+        )
+        yield "| " + " | ".join(cells) + " |"
+    for name, why in report["failed"].items():
+        yield f"| {name} | | {NOT_MEASURED}: {why} | | | | | |"
+    peaks = ", ".join(f"{peak:.2f} in {dtype}" for dtype, peak in report["matrix_peak_tflop_per_s"].items())
+    yield f"\n{report['device']}. Its matrix peak, measured in this run: {peaks or NOT_MEASURED} TFLOP/s."
+    if report["no_energy"]:
+        yield f"Energy: {NOT_MEASURED}, {report['no_energy']}."
