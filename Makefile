@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test check setup loaders postgres clean
+.PHONY: train test check gpu-report setup loaders postgres clean
 .NOTPARALLEL: # one pip at a time in .venv
 
 train: setup
@@ -18,6 +18,14 @@ test: setup
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+# All that is worth measuring on a GPU; the same again goes on with what did not fit. GPU_REPORT="--peers DIR" adds flags.
+gpu-report: setup .venv/gpu
+	$(BIN)/python bench/gpu.py $(GPU_REPORT)
+
+# What reads the driver's energy counter; without it energy is "not measured".
+.venv/gpu: .venv/ready
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[gpu]' && touch $@ || echo "make gpu-report: going on without it."
 
 setup: .venv/ready
 
