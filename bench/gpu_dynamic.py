@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastcifar.benchmarks.train import ROUNDS, Course, describe
+from fastcifar.benchmarks.train import ROUNDS, Course, describe, refuse_eager
 from fastcifar.display import Display
 from fastcifar.job import Job
 from fastcifar.models.dynamic import DynamicConv2d
 from fastcifar.process import set_threads, tune_allocator
 from fastcifar.recipes import find_recipe
 from fastcifar.run import write_json
+from fastcifar.settings import Stage
 from fastcifar.setup import Setup, set_up
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
@@ -60,9 +61,12 @@ def main() -> None:
     chosen = parser.parse_args()
     tune_allocator()
     set_threads()
+    refuse_eager()
     report: dict = {"image_px": IMAGE_PX, "recipes": {}, "failed": {}}
     for name in RECIPES:
-        recipe = find_recipe(name)
+        torch.compiler.reset()
+        # One size, or whichever is compiled second would have its image size left open.
+        recipe = replace(find_recipe(name), stages=(Stage(image_px=IMAGE_PX, until=1.0),))
         job = Job(name, recipe, dataset=chosen.dataset, data=chosen.data, device=chosen.device, steps=1)
         report["recipes"][name] = measure(job, report["failed"])
         write_json(chosen.out, report)

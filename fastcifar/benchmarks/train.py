@@ -1,15 +1,19 @@
 """`fastcifar bench train`: how fast this GPU trains each recipe, and how much of what it can do that is.
 
-Steps of `train_step` (forward, backward, optimizers) on a batch made beforehand, at every image size of a recipe, the
-recipes in turn, so that a slow moment hits all alike. A sample is a few steps between two times that the program waits
-for the device, as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands
-at half time, where a speed recipe's whitening no longer learns, as for most of its steps.
+Steps of `train_step` (forward, backward, optimizers) on a batch made beforehand, the image sizes of a recipe in turn,
+so that a slow moment hits all alike. A sample is a few steps between two times that the program waits for the device,
+as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands at half time, where
+a speed recipe's whitening no longer learns, as for most of its steps.
+
+The recipes follow one another, each with the compiler's memory wiped: what torch.compile has made of one network it
+goes on from with the next of the same code, with image sizes left open, and at the ninth version it trains eagerly.
 
 Arithmetic is that of convolutions and matrix products, forward and backward, counted on the plain network: an operator
-of ours, a recomputation or the optimizer adds nothing to it. Its yardstick is the fastest of a few matrix products in
-the same run. With --seeds, complete trainings as well (`seeds.py`).
+of ours, a recomputation or the optimizer adds nothing to it. Its yardstick is the fastest of a few matrix products,
+right after the recipe's steps. With --seeds, complete trainings as well (`seeds.py`).
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -67,25 +71,36 @@ def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: 
     device = pick_device(where["device"])
     if out is not None:
         make_room(out)
-    setups, failed = open_setups(jobs, display)
-    report = {**facts(device, where["dataset"]), **measure(setups, device, display), "failed": failed}
+    refuse_eager()
+    _, why_no_energy = open_counter(device)
+    report = {**facts(device, where["dataset"]), "rows": [], "failed": {}, "no_energy": why_no_energy}
+    for name, job in jobs.items():
+        display.say(f"{name}: setting up")
+        try:
+            report["rows"] += measure(job, display)
+        except DataError:  # which no recipe can do without
+            raise
+        except Exception as error:  # a kernel or compiler may fail in any way, and the other recipes still be fine
+            report["failed"][name] = describe(error)
+        if out is not None:
+            write_json(out, report)
     display.close()
     for line in table(report):
         print(line)
-    if out is not None:
+    failed = bool(report["failed"])
+    if out is not None and seeds:
+        plan = Plan(list(jobs), seeds, where, out.with_name(f"{out.stem}-runs"))
+        report["seeds"] = summarise(train_all(plan, display), plan, target)
+        for line in seeds_table(report["seeds"]):
+            print(line)
         write_json(out, report)
-        if seeds:
-            del setups  # or the trainings have less memory
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            plan = Plan(list(jobs), seeds, where, out.with_name(f"{out.stem}-runs"))
-            trainings = train_all(plan, display)
-            report["seeds"] = summarise(trainings, plan, target)
-            for line in seeds_table(report["seeds"]):
-                print(line)
-            write_json(out, report)
-            failed = failed or [row for row in report["seeds"]["recipes"] if row["failed"]]
+        failed = failed or any(row["failed"] for row in report["seeds"]["recipes"])
     return 1 if failed else EXIT_DONE
+
+
+def refuse_eager() -> None:
+    """What no longer compiles shall be an error: it would run eagerly from then on, with a line in a log."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[attr-defined]
 
 
 def facts(device: torch.device, dataset: str) -> dict:
@@ -97,22 +112,6 @@ def facts(device: torch.device, dataset: str) -> dict:
         "commit": source_commit(),
         "dataset": dataset,
     }
-
-
-def open_setups(jobs: dict[str, Job], display: Display) -> tuple[dict[str, Setup], dict[str, str]]:
-    """({recipe: ready to train}, {recipe: why not}). A wrong path or a missing data set is everybody's, and raised."""
-    setups, failed = {}, {}
-    for name, job in jobs.items():
-        display.say(f"{name}: setting up")
-        try:
-            with out_of_memory_named(job.settings.batch_size):
-                setups[name] = set_up(job, display)
-        except DataError:
-            raise
-        except Exception as error:  # a kernel or compiler may fail in any way, and the other recipes still be fine
-            failed[name] = describe(error)
-            display.say(f"! {name}: {failed[name]}")
-    return setups, failed
 
 
 def describe(error: Exception) -> str:
@@ -153,25 +152,28 @@ class Course:
         self.rates.append(steps * len(self.y_B) / self.time_steps(steps))
 
 
-def measure(setups: dict[str, Setup], device: torch.device, display: Display) -> dict:
-    """Rows of figures for each recipe and image size, and the yardsticks from the same run."""
-    sizes = {name: sorted({stage.image_px for stage in setup.recipe.stages}) for name, setup in setups.items()}
-    courses = [Course(setup, image_px) for name, setup in setups.items() for image_px in sizes[name]]
-    memory_bytes = [peak_of_a_step(course) for course in courses]  # which also warms them up
-    for round_ in range(ROUNDS[device.type]):
-        for course in courses:
-            display.work(f"{course.setup.name} at {course.image_px} px", round_, ROUNDS[device.type])
+def measure(job: Job, display: Display) -> list[dict]:
+    """A row of figures for each image size of a recipe."""
+    torch.compiler.reset()
+    with out_of_memory_named(job.settings.batch_size):
+        setup = set_up(job, display)
+        courses = [Course(setup, image_px) for image_px in sorted({stage.image_px for stage in setup.recipe.stages})]
+        memory_bytes = [peak_of_a_step(course) for course in courses]  # which also warms them up
+        rounds = ROUNDS[setup.device.type]
+        for round_, course in itertools.product(range(rounds), courses):
+            display.work(f"{setup.name} at {course.image_px} px", round_, rounds)
             course.sample()
-    peaks = {dtype: matrix_peak(dtype, device) for dtype in {course.setup.recipe.dtype for course in courses}}
-    read_joules, why_no_energy = open_counter(device)
-    rows = [
-        describe_course(course, peaks[course.setup.recipe.dtype], bytes_, read_joules)
-        for course, bytes_ in zip(courses, memory_bytes, strict=True)
+        peak = matrix_peak(setup.recipe.dtype, setup.device)
+        read_joules, _ = open_counter(setup.device)
+        joules = [None if read_joules is None else energy(course, read_joules) for course in courses]
+    figures = zip(courses, memory_bytes, joules, strict=True)
+    return [
+        describe_course(course, peak) | {"peak_memory_bytes": bytes_, "joules_per_1000_images": joules_}
+        for course, bytes_, joules_ in figures
     ]
-    return {"matrix_peak_tflop_per_s": peaks, "rows": rows, "no_energy": why_no_energy}
 
 
-def describe_course(course: Course, peak: float, memory_bytes: int | None, read_joules: ReadJoules | None) -> dict:
+def describe_course(course: Course, peak: float) -> dict:
     recipe = course.setup.recipe
     tenths = statistics.quantiles(course.rates, n=10, method="inclusive")
     images_per_s = statistics.median(course.rates)
@@ -188,31 +190,19 @@ def describe_course(course: Course, peak: float, memory_bytes: int | None, read_
         "steps_a_sample": STEPS[course.setup.device.type],
         "flop_per_image": flop,
         "tflop_per_s": flop * images_per_s / 1e12,
+        "matrix_peak_tflop_per_s": peak,
         "share_of_matrix_peak": flop * images_per_s / 1e12 / peak,
-        "peak_memory_bytes": memory_bytes,
-        "joules_per_1000_images": None if read_joules is None else energy(course, read_joules),
     }
 
 
 def peak_of_a_step(course: Course) -> int | None:
-    """The most memory that training this recipe alone takes: the others' data is subtracted. None on a CPU."""
-    device = course.setup.device
+    """The most memory that tensors take during a step, images and optimizers' state included. None on a CPU."""
     course.time_steps(1)  # by which the optimizers have their state
-    if device.type == "cpu":
+    if course.setup.device.type == "cpu":
         return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(course.setup.device)
     course.time_steps(1)
-    return torch.cuda.max_memory_allocated(device) - before + own_bytes(course)
-
-
-def own_bytes(course: Course) -> int:
-    """What lies in memory between two steps: the images, the model, the optimizers' state and the batch."""
-    setup = course.setup
-    state = [t for optimizer in setup.optimizers for of in optimizer.state.values() for t in of.values()]
-    tensors = [*setup.model.parameters(), *setup.model.buffers(), *state, course.x_BCHW, course.y_B]
-    resident = sum(split.images_NHWC.nbytes for split in (setup.dataset.train, setup.dataset.test))
-    return resident + sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+    return torch.cuda.max_memory_allocated(course.setup.device)
 
 
 def count_flop(recipe: Recipe, classes: int, image_px: int) -> float:
@@ -248,7 +238,7 @@ def matrix_peak(dtype: str, device: torch.device) -> float:
 
 def energy(course: Course, read_joules: ReadJoules) -> float:
     """Joules of the whole board for a thousand images, over seconds of steps without a pause."""
-    course.sample()
+    course.time_steps(STEPS[course.setup.device.type])
     began_s, began_j, images = time.perf_counter(), read_joules(), 0
     while time.perf_counter() - began_s < ENERGY_S:
         course.time_steps(STEPS[course.setup.device.type])
@@ -278,7 +268,7 @@ def table(report: dict) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
     for name, why in report["failed"].items():
         yield f"| {name} | | {NOT_MEASURED}: {why} | | | | | |"
-    peaks = ", ".join(f"{peak:.2f} in {dtype}" for dtype, peak in report["matrix_peak_tflop_per_s"].items())
-    yield f"\n{report['device']}. Its matrix peak, measured in this run: {peaks or NOT_MEASURED} TFLOP/s."
+    peak = max((row["matrix_peak_tflop_per_s"] for row in report["rows"]), default=None)
+    yield f"\n{report['device']}, matrix peak: {NOT_MEASURED if peak is None else f'{peak:.2f} TFLOP/s'}."
     if report["no_energy"]:
         yield f"Energy: {NOT_MEASURED}, {report['no_energy']}."
