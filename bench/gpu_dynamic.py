@@ -96,7 +96,7 @@ def measure(job: Job, failed: dict[str, str]) -> dict[str, float]:
 
 def plain(job: Job, compiled: bool) -> Setup:
     """Ready to train on the references, without an operator of ours between convolution and sum."""
-    recipe = replace(job.settings, compile=False)
+    recipe = replace(job.settings, compile="off")
     setup = set_up(replace(job, settings=recipe), Display())
     for part in setup.model.modules():
         if type(part) is DynamicConv2d:

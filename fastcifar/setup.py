@@ -14,19 +14,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastcifar.budget import stage_at
 from fastcifar.data import source
 from fastcifar.data.dataset import Dataset
 from fastcifar.devices import pick_device, synchronize
 from fastcifar.display import Display
 from fastcifar.errors import DataMissing, UsageError
 from fastcifar.evaluate import predict
+from fastcifar.graphs import turning_points, untouched
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.loaders.feed import Feed, open_feed, pick_feed
 from fastcifar.loaders.loader import Loader
 from fastcifar.models.build import build_model
 from fastcifar.models.global_norm import share_statistics
 from fastcifar.models.speednet import SpeedNet
-from fastcifar.optim.schedule import build_optimizers
+from fastcifar.optim.schedule import build_optimizers, set_learning_rates
 from fastcifar.planner.choose import Choice, choose, fit
 from fastcifar.planner.rates import measure_rates
 from fastcifar.process import physical_cores
@@ -131,10 +133,11 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     ranks.take_state(model)
     share_statistics(model, ranks)
+    optimizers = build_optimizers(model, recipe.optim, recipe.batch_size)
     if isinstance(model, SpeedNet):
         x_NCHW = x_NCHW[: amx.GROUP]
         if model.blocks_pay(x_NCHW):
-            compile_s += warm_up(model, model, recipe, x_NCHW)
+            compile_s += warm_up(model, model, optimizers, recipe, x_NCHW)
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / image_s, open_named, train_loader)
@@ -149,8 +152,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
     if recipe.compile != "off" and device.type == "cuda":
-        forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile]))
-        compile_s += warm_up(forward, model, recipe, loader.take(torch.arange(loader.batch_size)))
+        forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile], dynamic=False))
+        compile_s += warm_up(forward, model, optimizers, recipe, loader.take(torch.arange(loader.batch_size)))
     if ranks.rank:
         torch.manual_seed(job.seed + (ranks.rank << 32))  # its dropout and mixup are its own
     return Setup(
@@ -166,7 +169,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         held_out_loader,
         model,
         forward,
-        build_optimizers(model, recipe.optim, recipe.batch_size),
+        optimizers,
         compile_s,
         look_s,
         # A GPU runs ahead of the program; asking it for a number makes it wait, and once an epoch is enough.
@@ -205,24 +208,19 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[torch.Tensor, tor
     return order_N[count:].sort().values, order_N[:count].sort().values
 
 
-def warm_up(forward: nn.Module, model: nn.Module, recipe: Recipe, x_BCHW: torch.Tensor) -> float:
-    """Run every shape and kind of step once, forward and backward, to compile them; returns the seconds it took.
-
-    Weights, statistics and gradients are left as they were.
-    """
+def warm_up(
+    forward: nn.Module, model: nn.Module, optimizers: list[Optimizer], recipe: Recipe, x_BCHW: torch.Tensor
+) -> float:
+    """Run every shape and kind of step once, forward and backward, to compile them; returns the seconds it took."""
     began_s = time.monotonic()
     model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    whiten_bias = model.whiten.bias if isinstance(model, SpeedNet) else None
-    for learns in (True,) if whiten_bias is None else (False, True):
-        if whiten_bias is not None:
-            whiten_bias.requires_grad_(learns)
-        for image_px in {stage.image_px for stage in recipe.stages}:
+    with untouched(model, optimizers):
+        for progress in turning_points(recipe, optimizers):
+            set_learning_rates(optimizers, progress, recipe.optim)  # by which weights stop learning
             with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
-                logits_BK = forward(resize(x_BCHW, image_px))
+                logits_BK = forward(resize(x_BCHW, stage_at(recipe.stages, progress).image_px))
             logits_BK.float().sum().backward()
     model.zero_grad(set_to_none=True)
-    model.load_state_dict(before)
     synchronize(x_BCHW.device)
     return time.monotonic() - began_s
 

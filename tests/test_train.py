@@ -405,7 +405,7 @@ def test_warming_up_leaves_no_trace(job):
     """What CUDA compiles before the clock starts must not move a weight or a statistic."""
     setup = set_up(job, Display())
     before = {name: value.clone() for name, value in setup.model.state_dict().items()}
-    warm_up(setup.model, setup.model, SMALL, setup.loader.take(torch.arange(16)))
+    warm_up(setup.model, setup.model, setup.optimizers, SMALL, setup.loader.take(torch.arange(16)))
     assert all(torch.equal(value, before[name]) for name, value in setup.model.state_dict().items())
     assert all(weight.grad is None for weight in setup.model.parameters())
     assert isinstance(setup.model, SpeedNet)
@@ -454,7 +454,7 @@ def test_compiled_training_equals_eager_training(job):
     setup = set_up(job, Display())
     forward = torch.compile(setup.model, fullgraph=True, backend="aot_eager")
     setup = replace(setup, forward=cast(torch.nn.Module, forward))
-    warm_up(setup.forward, setup.model, SMALL, setup.loader.take(torch.arange(125)))
+    warm_up(setup.forward, setup.model, setup.optimizers, SMALL, setup.loader.take(torch.arange(125)))
     compiled, _ = losses(setup, knots)
     assert compiled == pytest.approx(eager, rel=0.01)
 

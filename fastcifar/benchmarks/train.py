@@ -2,11 +2,11 @@
 
 Steps of `train_step` (forward, backward, optimizers) on a batch made beforehand, the image sizes of a recipe in turn,
 so that a slow moment hits all alike. A sample is a few steps between two times that the program waits for the device,
-as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands at half time, where
-a speed recipe's whitening no longer learns, as for most of its steps.
+as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands half-way through the
+stage of each size.
 
-The recipes follow one another, each with the compiler's memory wiped: what torch.compile has made of one network it
-goes on from with the next of the same code, with image sizes left open, and at the ninth version it trains eagerly.
+The recipes follow one another, each with the compiler's memory wiped: networks of the same code share it, and at the
+ninth version torch.compile trains eagerly.
 
 Arithmetic is that of convolutions and matrix products, forward and backward, counted on the plain network: an operator
 of ours, a recomputation or the optimizer adds nothing to it. Its yardstick is the fastest of a few matrix products,
@@ -31,16 +31,16 @@ from fastcifar.benchmarks.seeds import table as seeds_table
 from fastcifar.devices import out_of_memory_named, pick_device, synchronize
 from fastcifar.display import Display
 from fastcifar.errors import EXIT_DONE, DataError, UsageError, UserError
+from fastcifar.graphs import Step
 from fastcifar.job import Job
 from fastcifar.models.build import build_model
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import find_recipe
-from fastcifar.resize import resize
 from fastcifar.run import source_commit, write_json
 from fastcifar.settings import Recipe
 from fastcifar.setup import Setup, set_up
-from fastcifar.train import train_step
+from fastcifar.train import ready_step
 
 # From cheap to costly, one of each kind that a GPU may suit differently; the last ones on operators of our own.
 RECIPES = ("speed-narrow", "speed", "speed-wide", "airbench94", "resnet34", "dynamic11", "dynamic4")
@@ -49,7 +49,6 @@ STEPS = {"cuda": 10, "cpu": 1}  # of a sample
 PEAK_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024, 2048)}
 PEAK_ROUNDS = 5
 ENERGY_S = 2.0  # of steps for each reading of a counter that moves every tenth of a second
-HALF_TIME = 0.5
 COUNTED_IMAGES = 32
 NOT_MEASURED = "not measured"
 
@@ -125,22 +124,32 @@ def describe(error: Exception) -> str:
 
 
 class Course:
-    """The steps of one recipe at one image size, on one batch."""
+    """The steps of one recipe at one image size, on one batch, as half-way through the stage of that size.
 
-    def __init__(self, setup: Setup, image_px: int):
+    Args:
+        step: what `ready_step` made; the courses of a recipe may share it.
+    """
+
+    def __init__(self, setup: Setup, image_px: int, step: Step | None = None):
         self.setup, self.image_px = setup, image_px
-        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.recipe.dtype == "float16")
-        x_BCHW, self.y_B = next(setup.loader.epoch(0))
-        self.x_BCHW = resize(x_BCHW, image_px)
-        set_learning_rates(setup.optimizers, HALF_TIME, setup.recipe.optim)
+        self.step = step or ready_step(setup, setup.recipe)
+        self.x_BCHW, self.y_B = next(setup.loader.epoch(0))
+        ends = {stage.image_px: stage.until for stage in setup.recipe.stages}
+        begin = max((end for end in ends.values() if end < ends[image_px]), default=0.0)
+        self.progress = (begin + ends[image_px]) / 2
         self.rates: list[float] = []
 
     def time_steps(self, steps: int) -> float:
         """Seconds that so many take. Raises ArithmeticError: the loss is no longer a number, so nothing is measured."""
+        for optimizer in self.setup.optimizers:  # a course at a later stage may have frozen some
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.requires_grad_(True)
+        set_learning_rates(self.setup.optimizers, self.progress, self.setup.recipe.optim)
         synchronize(self.setup.device)
         began_s = time.perf_counter()
         for _ in range(steps):
-            loss, _ = train_step(self.setup, self.setup.recipe, self.scaler, self.x_BCHW, self.y_B)
+            loss, _ = self.step(self.x_BCHW, self.y_B, self.image_px)
         synchronize(self.setup.device)
         seconds = time.perf_counter() - began_s
         if not torch.isfinite(loss):
@@ -157,7 +166,9 @@ def measure(job: Job, display: Display) -> list[dict]:
     torch.compiler.reset()
     with out_of_memory_named(job.settings.batch_size):
         setup = set_up(job, display)
-        courses = [Course(setup, image_px) for image_px in sorted({stage.image_px for stage in setup.recipe.stages})]
+        step = ready_step(setup, setup.recipe)
+        sizes = sorted({stage.image_px for stage in setup.recipe.stages})
+        courses = [Course(setup, image_px, step) for image_px in sizes]
         memory_bytes = [peak_of_a_step(course) for course in courses]  # which also warms them up
         rounds = ROUNDS[setup.device.type]
         for round_, course in itertools.product(range(rounds), courses):

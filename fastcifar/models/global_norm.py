@@ -51,9 +51,13 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x_NCX: Tensor) -> Tensor:
         return self.normalise(x_NCX, channel=1)
 
+    # As those of `models/speednet.py`.
+
     def gelu(self, x_RC: Tensor) -> Tensor:
-        """As that of `models/speednet.py`."""
         return F.gelu(self.normalise(x_RC, channel=x_RC.dim() - 1))
+
+    def gelu_of_map(self, x_NCHW: Tensor) -> Tensor:
+        return F.gelu(self(x_NCHW))
 
     def normalise(self, x: Tensor, channel: int) -> Tensor:
         others = [dim for dim in range(x.dim()) if dim != channel]
