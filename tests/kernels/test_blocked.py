@@ -396,6 +396,7 @@ def test_gradients_that_patches_do_not_have_are_refused(name):
 def test_all_of_this_holds_for_the_interpreted_bn_gelu_too():
     """But for the rounding to bfloat16: Triton's interpreter cuts off."""
     which = "(bn_gelu or running_statistics or no_images) and not rounded_to_nearest"
+    which += " and not number_of_threads and not (lie_in_any_order and bfloat16)"  # as there: no threads, no filters
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", which]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
