@@ -213,7 +213,7 @@ PARTS: dict[str, Part] = {
     ),
     "throughput": Part(throughput_command, "train.json", 60, 120, 60, train.table),
     "runs": Part(runs_command, "runs.jsonl", 60, 160, None, show_runs),
-    "peers": Part(peers_command, "peers.jsonl", 90, 150, None, show_peers),
+    "peers": Part(peers_command, "peers.jsonl", 300, 300, None, show_peers),
     "dynamic": Part(
         lambda asked: script("gpu_dynamic.py", *asked.where(), "--out", str(asked.file("dynamic.json"))),
         "dynamic.json", 50, 90, None, show_dynamic,
@@ -250,10 +250,12 @@ def main() -> int:
         return error.exit_code
     for name, part in PARTS.items():
         wanted = name in chosen.only and name not in chosen.skip
-        if report["parts"].get(name, {}).get("status") == MEASURED:
+        before = report["parts"].get(name, left_out("not begun"))
+        if before["status"] == MEASURED:
             continue
         print(f"{name} ...", flush=True)
-        report["parts"][name] = measure(name, part, asked, deadline_s) if wanted else left_out("not asked for")
+        found = measure(name, part, asked, deadline_s) if wanted else left_out("not asked for")
+        report["parts"][name] = keep(before, found)
         print(f"{name}: {report['parts'][name]['status']} {report['parts'][name]['why']}", flush=True)
         write_report(asked, report)
     print(f"The report: {asked.file('report.md')}")
@@ -283,6 +285,11 @@ def open_report(asked: Asked) -> dict:
 
 def left_out(why: str) -> dict:
     return {"status": NOT_MEASURED, "why": why, "seconds": 0.0, "figures": None}
+
+
+def keep(before: dict, found: dict) -> dict:
+    """What a part that was killed or crashed in an earlier call has left stands until it is begun again."""
+    return before if found["status"] == NOT_MEASURED and before["status"] in (STOPPED, FAILED) else found
 
 
 def measure(name: str, part: Part, asked: Asked, deadline_s: float) -> dict:

@@ -190,6 +190,14 @@ def test_the_report_goes_on_and_is_whole(tmp_path):
     assert "is of commit another" in refused.stderr
 
 
+def test_half_of_a_part_is_not_lost_by_a_call_that_leaves_it_out():
+    stopped = {"status": "stopped", "why": "killed after 9 s", "seconds": 9.0, "figures": [1, 2]}
+    done = {"status": "measured", "why": "", "seconds": 9.0, "figures": [1, 2, 3]}
+    assert gpu.keep(stopped, gpu.left_out("not asked for")) == stopped
+    assert gpu.keep(stopped, done) == done
+    assert gpu.keep(gpu.left_out("not begun"), gpu.left_out("needs a GPU"))["why"] == "needs a GPU"
+
+
 def test_recipes_that_do_not_exist_yet_are_named():
     said = "\n".join(
         gpu.show_runs([{"recipe": "speed", "seed": 0, "accuracy_tta": 0.94, "train_s": 2.0, "eval_s": 0.5}])
