@@ -2,8 +2,8 @@
 
 Steps of `train_step` (forward, backward, optimizers) on a batch made beforehand, the image sizes of a recipe in turn,
 so that a slow moment hits all alike. A sample is a few steps between two times that the program waits for the device,
-as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands half-way through the
-stage of each size.
+as it seldom does in a training; `bench loaders` says whether a loader keeps up. The schedule stands half-way through
+the stage of each size.
 
 The recipes follow one another, each with the compiler's memory wiped: networks of the same code share it, and at the
 ninth version torch.compile trains eagerly.
