@@ -78,6 +78,7 @@ def read_job(flags: str) -> Job:
 def run_once(job: Job) -> dict:
     """One training; accuracies on the held-out images, as shares of 1."""
     torch.manual_seed(job.seed)
+    torch.compiler.reset()  # candidates are networks of one code, of which torch.compile makes eight versions at most
     setup = set_up(job, Display())
     assert setup.held_out_loader is not None
     steps = job.steps or math.ceil(setup.recipe.epochs * len(setup.loader))

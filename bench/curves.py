@@ -11,16 +11,19 @@ of a recipe, and DIR/curves.png shows both. Seconds do not matter here, so anyth
 import argparse
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 from candidates import read_job, run_once
 from scipy.optimize import least_squares
 
 from fastcifar.benchmarks.loaders import versions
+from fastcifar.job import HELD_OUT
 from fastcifar.planner.choose import fit_batch_size
-from fastcifar.planner.curve import Curve
+from fastcifar.planner.curve import Curve, read_curve
 from fastcifar.process import set_threads, tune_allocator
 from fastcifar.report import png
 from fastcifar.run import source_commit, write_atomically
@@ -98,13 +101,14 @@ def fit_all(runs: list[dict], dataset: str) -> dict:
         for name in EPOCHS[dataset]
     }
     start = 1 - 1 / CLASSES[dataset]
+    images = HELD_OUT * len({run["seed"] for run in runs if run["dataset"] == dataset})  # a seed holds out its own
 
     def curves(p: np.ndarray) -> dict[str, Curve]:
         """From the logarithms of the power and of each recipe's floor and half."""
         power, *rest = (float(value) for value in np.exp(p))
         pairs = zip(rest[::2], rest[1::2], strict=True)
         return {
-            name: Curve(start, *pair, power, spread=0.0, longest=points[name][-1][0])
+            name: Curve(start, *pair, power, spread=0.0, bends=((1.0, 1.0),), images=images)
             for name, pair in zip(points, pairs, strict=True)
         }
 
@@ -114,10 +118,18 @@ def fit_all(runs: list[dict], dataset: str) -> dict:
 
     lowest = {name: min(1 - accuracy for _, accuracy in some) for name, some in points.items()}
     begin = [0.8, *(value for name in points for value in (0.8 * lowest[name], 0.1))]
+
+    def bent(name: str, curve: Curve) -> Curve:
+        """Through the mean of the trainings of each length."""
+        by_epochs = defaultdict(list)
+        for epochs, accuracy in points[name]:
+            by_epochs[epochs].append((1 - accuracy) / curve.unbent(epochs))
+        return replace(curve, spread=spread, bends=tuple((epochs, mean(seen)) for epochs, seen in by_epochs.items()))
+
     best = least_squares(misses, np.log(begin), loss="soft_l1", f_scale=0.05)
     spread = math.sqrt((misses(best.x) ** 2).sum() / (len(misses(best.x)) - len(begin)))
     return {
-        name: {"curve": asdict(replace(curve, spread=spread)), "epochs_and_accuracy": points[name]}
+        name: {"curve": asdict(bent(name, curve)), "epochs_and_accuracy": points[name]}
         for name, curve in curves(best.x).items()
     }
 
@@ -132,7 +144,7 @@ def draw(curves: dict) -> bytes:
         for name, found in entries.items():
             points = found["epochs_and_accuracy"]
             at = np.geomspace(points[0][0], points[-1][0] * 2)
-            [line] = panel.plot(at, [100 * Curve(**found["curve"]).error(e) for e in at], label=name)
+            [line] = panel.plot(at, [100 * read_curve(found["curve"]).error(e) for e in at], label=name)
             panel.plot([e for e, _ in points], [100 * (1 - a) for _, a in points], ".", color=line.get_color())
         panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="wrong answers, %", title=dataset)
         panel.xaxis.set_major_formatter("{x:g}")

@@ -33,7 +33,8 @@ from fastcifar.recipes import NAMED
 from fastcifar.run import make_folder, source_commit, write_atomically, write_json
 
 BENCH = Path(__file__).parent
-SPEED_RECIPES = ("speed94", "speed95", "speed96", "speed100", "best5", "speed", "airbench94")
+SPEED_RECIPES = ("speed94", "speed95", "speed96", "speed100", "speed", "airbench94")
+BEST = "best5"
 THROUGHPUT = ("speed-narrow", "speed", "speed-wide", "airbench94", "resnet34")  # dynamic ones have a part of their own
 RUNS = 20
 RESUMED = ("runs",)  # parts that go on with the file of an earlier call
@@ -111,7 +112,10 @@ def peers_command(asked: Asked) -> list[str] | str:
 
 
 def budget_command(asked: Asked) -> list[str]:
-    return fastcifar("train", "--budget", "5min", *asked.where(), "--json", "--out", tempfile.mkdtemp() + "/run")
+    recipe = ["--recipe", BEST] if asked.device == "cuda" else []
+    return fastcifar(
+        "train", "--budget", "5min", *recipe, *asked.where(), "--json", "--out", tempfile.mkdtemp() + "/run"
+    )
 
 
 # Their figures as Markdown
@@ -192,6 +196,13 @@ def show_dynamic(report: dict) -> Iterator[str]:
     yield from (f"\n{name}: {NOT_MEASURED}, {why}" for name, why in report["failed"].items())
 
 
+def show_choices(report: dict) -> Iterator[str]:
+    yield f"| speed, {report['image_px']} pixels | images/s |"
+    yield "|---|---:|"
+    yield from (f"| {name} | {rate:,.0f} |" for name, rate in report["images_per_s"].items())
+    yield from (f"\n{name}: {NOT_MEASURED}, {why}" for name, why in report["failed"].items())
+
+
 def show_budget(said: str) -> Iterator[str]:
     result = json.loads(said.strip().splitlines()[-1])
     yield f"- {result['recipe']} on {result['dataset']}: {result['test_acc_tta']:.2%} after {result['wall_s']:.1f} s"
@@ -217,6 +228,10 @@ PARTS: dict[str, Part] = {
     "dynamic": Part(
         lambda asked: script("gpu_dynamic.py", *asked.where(), "--out", str(asked.file("dynamic.json"))),
         "dynamic.json", 50, 90, None, show_dynamic,
+    ),
+    "choices": Part(
+        lambda asked: script("gpu_choices.py", *asked.where(), "--out", str(asked.file("choices.json"))),
+        "choices.json", 60, 120, None, show_choices,
     ),
     "budget": Part(budget_command, "", 310, 330, 310, show_budget),
 }  # fmt: skip

@@ -9,13 +9,14 @@ recipe as it is, compiled around the Triton kernels of a GPU or the loops of a C
 
 import argparse
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastcifar.benchmarks.train import ROUNDS, Course, describe, refuse_eager
+from fastcifar.benchmarks.train import ROUNDS, Course, describe
 from fastcifar.display import Display
 from fastcifar.job import Job
 from fastcifar.models.dynamic import DynamicConv2d
@@ -23,7 +24,7 @@ from fastcifar.process import set_threads, tune_allocator
 from fastcifar.recipes import find_recipe
 from fastcifar.run import write_json
 from fastcifar.settings import Stage
-from fastcifar.setup import Setup, set_up
+from fastcifar.setup import Setup, refuse_eager, set_up
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
@@ -80,6 +81,11 @@ def measure(job: Job, failed: dict[str, str]) -> dict[str, float]:
         "compiled": lambda: plain(job, compiled=True),
         "kernels": lambda: set_up(job, Display()),
     }
+    return compare(ways, job.recipe, failed)
+
+
+def compare(ways: dict[str, Callable[[], Setup]], title: str, failed: dict[str, str]) -> dict[str, float]:
+    """Median images a second of each of several setups, in turn."""
     courses: dict[str, Course] = {}
     for way, make in ways.items():
         try:
@@ -87,7 +93,7 @@ def measure(job: Job, failed: dict[str, str]) -> dict[str, float]:
             course.time_steps(2)  # which compile
             courses[way] = course
         except Exception as error:  # a kernel or compiler may fail in any way, and the other ways still be fine
-            failed[f"{job.recipe}, {way}"] = describe(error)
+            failed[f"{title}, {way}"] = describe(error)
     for _ in range(ROUNDS[next(iter(courses.values())).setup.device.type] if courses else 0):
         for course in courses.values():
             course.sample()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fastcifar.benchmarks.train import describe, refuse_eager
+from fastcifar.benchmarks.train import describe
 from fastcifar.budget import Knot, Pace
 from fastcifar.display import Display
 from fastcifar.evaluate import evaluate
@@ -92,7 +92,6 @@ def work(chosen: argparse.Namespace) -> None:
     """Train for each seed that is asked for on stdin."""
     tune_allocator()
     set_threads()
-    refuse_eager()
     for line in sys.stdin:
         try:
             row = train_once(chosen.recipes[0], chosen.data, chosen.device, max(0, int(line)), chosen.epochs)

@@ -38,6 +38,7 @@ def describe_result(
         "as_reported": job.as_reported,
         "loader": setup.feed.name,
         "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else "cpu",
+        "processes": setup.ranks.count,
         "seed": job.seed,
         "budget_s": job.budget_s,
         "wall_s": 0.0,

@@ -18,6 +18,7 @@ class SpeedNetModel:
 
     Args:
         widths: channels of its three groups.
+        depth: convolutions of each; the third, for trainings of many epochs, comes with a residual.
         whiten_eps: added to the eigenvalues of the patch covariance before their inverse root.
         own_kernels: this project's operators where they are faster than PyTorch's: on a CPU with AMX, in bfloat16, for
             widths and a batch size that are multiples of 32.
@@ -26,6 +27,7 @@ class SpeedNetModel:
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
+    depth: Literal[2, 3] = 2
     whiten_eps: float = 5e-4
     own_kernels: bool = True
     fused_gelu: bool = False

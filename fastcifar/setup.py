@@ -152,6 +152,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
     if recipe.compile != "off" and device.type == "cuda":
+        refuse_eager()
         forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile], dynamic=False))
         compile_s += warm_up(forward, model, optimizers, recipe, loader.take(torch.arange(loader.batch_size)))
     if ranks.rank:
@@ -206,6 +207,14 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[torch.Tensor, tor
         )
     order_N = torch.from_numpy(np.random.default_rng(0).permutation(images)).roll(-count * (seed % (images // count)))
     return order_N[count:].sort().values, order_N[:count].sort().values
+
+
+def refuse_eager() -> None:
+    """Make an error of it when torch.compile has had enough of a network's code: it would train eagerly from then on.
+
+    That is at the ninth version, and models of several recipes in one process share them (LOG.md, 2026-11-21).
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # type: ignore[attr-defined]
 
 
 def warm_up(

@@ -53,6 +53,7 @@ def test_processes_train_as_one_does(name, processes, small_cifar, tmp_path):
     assert [row["lr"] for row in together] == [row["lr"] for row in alone]
     for key in ("steps", "epochs", "params", "recipe"):
         assert result_together[key] == result[key]
+    assert (result["processes"], result_together["processes"]) == (1, processes)
     assert result_together["test_acc"] == pytest.approx(result["test_acc"], abs=0.02)
 
 

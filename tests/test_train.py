@@ -82,6 +82,7 @@ def train_within(budget_s: int, *words: str, **options) -> tuple[subprocess.Comp
 
 NO_LOOKS = Looks(loader=None, epoch_steps=1)
 KEYS = {
+    "processes",
     "dataset",
     "data_verified",
     "recipe",

@@ -26,5 +26,6 @@ def build_model(recipe: Recipe, classes: int, seed: int) -> nn.Module:
         case ResNet34Model():
             model = build_resnet34(classes, recipe.model.weights)
         case _:
-            model = SpeedNet(classes, recipe.model.widths, recipe.model.own_kernels, recipe.model.fused_gelu)
+            how = {name: getattr(recipe.model, name) for name in ("widths", "depth", "own_kernels", "fused_gelu")}
+            model = SpeedNet(classes, **how)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -59,26 +59,35 @@ class Conv(nn.Conv2d):
 
 
 class Group(nn.Module):
-    """Two convolutions at one resolution, the first one followed by the pooling that leads there."""
+    """Two convolutions at one resolution, the first one followed by the pooling that leads there.
 
-    def __init__(self, channels_in: int, channels_out: int, fused_gelu: bool = False):
+    With `depth` 3, a third one, around whose and the second one's the output of the first is added.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, depth: int = 2, fused_gelu: bool = False):
         super().__init__()
         self.conv1 = Conv(channels_in, channels_out)
         self.norm1 = BatchNorm(channels_out, fused_gelu)
         self.conv2 = Conv(channels_out, channels_out)
         self.norm2 = BatchNorm(channels_out, fused_gelu)
+        self.deep = depth > 2
+        if self.deep:
+            self.conv3 = Conv(channels_out, channels_out)
+            self.norm3 = BatchNorm(channels_out, fused_gelu)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         x_NCHW = F.max_pool2d(self.conv1(x_NCHW), 2)
         x_NCHW = self.norm1.gelu_of_map(x_NCHW)
-        return self.norm2.gelu_of_map(self.conv2(x_NCHW))
+        y_NCHW = self.norm2.gelu_of_map(self.conv2(x_NCHW))
+        return x_NCHW + self.norm3.gelu_of_map(self.conv3(y_NCHW)) if self.deep else y_NCHW
 
     def forward_blocked(self, x_GHWMC: Tensor) -> Tensor:
         """The same of blocked images, which may have more channels than the filters: those are left out."""
         spare = x_GHWMC.size(4) - self.conv1.in_channels
         w_OCHW = F.pad(self.conv1.weight, (0, 0, 0, 0, 0, spare))
         x_GHWMC = self.norm1.gelu(conv_blocked(x_GHWMC, w_OCHW, pool=True))
-        return self.norm2.gelu(conv_blocked(x_GHWMC, self.conv2.weight))
+        y_GHWMC = self.norm2.gelu(conv_blocked(x_GHWMC, self.conv2.weight))
+        return x_GHWMC + self.norm3.gelu(conv_blocked(y_GHWMC, self.conv3.weight)) if self.deep else y_GHWMC
 
 
 class SpeedNet(nn.Module):
@@ -88,6 +97,7 @@ class SpeedNet(nn.Module):
         self,
         classes: int,
         widths: tuple[int, int, int] = (64, 256, 256),
+        depth: int = 2,
         own_kernels: bool = True,
         fused_gelu: bool = False,
     ):
@@ -96,7 +106,7 @@ class SpeedNet(nn.Module):
         self.whiten = nn.Conv2d(3, whitened, WHITEN_PX)
         self.whiten.weight.requires_grad = False
         self.groups = nn.Sequential(
-            *[Group(i, o, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
+            *[Group(i, o, depth, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
         )
         self.may_block = own_kernels and all(width % amx.GROUP == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)

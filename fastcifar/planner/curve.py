@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
+
+import numpy as np
 
 TEST_IMAGES = 10_000
 TWO_SIDED_95 = 1.96
@@ -16,13 +19,15 @@ BEYOND = 0.1  # share of the error by which a curve may be off for each doubling
 
 @dataclass(frozen=True)
 class Curve:
-    """The error rate falls from guessing (`start`) to `floor`, halfway there after `half` epochs.
+    """The error rate falls from guessing (`start`) to `floor`, halfway there after `half` epochs, and bends a little:
 
-    error(epochs) = floor + (start - floor) / (1 + (epochs / half) ** power)
+    error(epochs) = (floor + (start - floor) / (1 + (epochs / half) ** power)) * bend(epochs)
 
     Args:
-        spread: standard deviation of trainings around the curve, as a share of the error.
-        longest: epochs of the longest training beneath it.
+        spread: standard deviation of trainings around the unbent curve, as a share of the error.
+        bends: epochs of the trainings beneath it, and by what the error measured there was more than the unbent curve
+            says; between them it follows a straight line over the logarithm of the epochs, beyond them it stays.
+        images: that the error was measured on.
     """
 
     start: float
@@ -30,10 +35,20 @@ class Curve:
     half: float
     power: float
     spread: float
-    longest: float
+    bends: tuple[tuple[float, float], ...]
+    images: int
+
+    @property
+    def longest(self) -> float:
+        """Epochs of the longest training beneath it."""
+        return self.bends[-1][0]
+
+    def unbent(self, epochs: float) -> float:
+        return self.floor + (self.start - self.floor) / (1 + (epochs / self.half) ** self.power)
 
     def error(self, epochs: float) -> float:
-        return self.floor + (self.start - self.floor) / (1 + (epochs / self.half) ** self.power)
+        at, factors = zip(*self.bends, strict=True)
+        return self.unbent(epochs) * float(np.interp(math.log(max(epochs, at[0] / 2)), np.log(at), factors))
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,8 @@ def expect(curve: Curve, epochs: float, pace_error: float) -> Expectation:
         pace_error: by what share the epochs may turn out more or fewer.
     """
     error = curve.error(epochs)
-    # Seed and fit; which 10,000 images are asked; how many epochs it will be.
-    chance = math.sqrt(error * (1 - error) / TEST_IMAGES)
+    # Seed and fit; which 10,000 images are asked, and on which the curve was measured; how many epochs it will be.
+    chance = math.sqrt(error * (1 - error) * (1 / TEST_IMAGES + 1 / curve.images))
     pace = (curve.error(epochs * (1 - pace_error)) - curve.error(epochs * (1 + pace_error))) / 2 / TWO_SIDED_95
     reach = TWO_SIDED_95 * math.hypot(curve.spread * error, chance, pace)
     reach += BEYOND * max(0.0, math.log2(max(epochs, curve.longest) / curve.longest)) * error
@@ -67,4 +82,10 @@ def expect(curve: Curve, epochs: float, pace_error: float) -> Expectation:
 def load_curves(dataset: str) -> dict[str, Curve]:
     """The curves of a data set by the name of the recipe; none if there are none."""
     content = json.loads((files("fastcifar.planner") / "curves.json").read_text())
-    return {name: Curve(**entry["curve"]) for name, entry in content.get(dataset, {}).items()}
+    return {name: read_curve(entry["curve"]) for name, entry in content.get(dataset, {}).items()}
+
+
+def read_curve(fields: dict) -> Curve:
+    """From its form in JSON, which knows no tuples."""
+    numbers: dict[str, Any] = fields | {"bends": tuple(map(tuple, fields["bends"]))}
+    return Curve(**numbers)

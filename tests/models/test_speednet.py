@@ -1,13 +1,14 @@
 """The whitened convnet: what it knows before it learns, and what it accepts."""
 
 from copy import deepcopy
+from typing import cast
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fastcifar.models.build import build_model
-from fastcifar.models.speednet import BatchNorm, Conv, SpeedNet
+from fastcifar.models.speednet import BatchNorm, Conv, Group, SpeedNet
 from fastcifar.settings import Recipe, SpeedNetModel
 from fastcifar_kernels import amx
 
@@ -59,6 +60,18 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 3, 20, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_third_convolution_comes_with_a_residual():
+    group = cast(Group, SpeedNet(7, (8, 16, 16), depth=3).groups[0]).eval()
+    with torch.no_grad():
+        for name, weight in group.named_parameters():  # nothing at the values that it begins with
+            if "norm" not in name or "bias" in name:
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+        x_NCHW = torch.randn(2, 24, 10, 10).to(memory_format=torch.channels_last)
+        first = F.gelu(group.norm1(F.max_pool2d(group.conv1(x_NCHW), 2)))
+        third = F.gelu(group.norm3(group.conv3(F.gelu(group.norm2(group.conv2(first))))))
+        torch.testing.assert_close(group(x_NCHW), first + third)
 
 
 # With the kernel for BatchNorm and GELU, which only a GPU takes
@@ -115,12 +128,12 @@ def results(model: SpeedNet, x_NCHW: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @needs_amx
 @pytest.mark.parametrize(("images", "training"), [(64, True), (64, False), (40, False)])
-@pytest.mark.parametrize(("widths", "px"), [((32, 64, 32), 18), ((64, 32, 96), 23)])
-def test_blocked_images_give_what_images_by_themselves_do(widths, px, images, training, monkeypatch):
+@pytest.mark.parametrize(("widths", "px", "depth"), [((32, 64, 32), 18, 2), ((64, 32, 96), 23, 3)])
+def test_blocked_images_give_what_images_by_themselves_do(widths, px, depth, images, training, monkeypatch):
     """As far from float32 as bfloat16 is by itself: half as much again is allowed, and 1 % of the whole."""
     torch.manual_seed(0)
     x_NCHW = torch.randn(images, 3, px, px).to(memory_format=torch.channels_last)
-    blocked = SpeedNet(7, widths)
+    blocked = SpeedNet(7, widths, depth)
     blocked.fit_whitening(x_NCHW, eps=1e-3)
     with torch.no_grad():
         for name, tensor in blocked.state_dict().items():  # nothing at the values that it begins with
@@ -135,7 +148,8 @@ def test_blocked_images_give_what_images_by_themselves_do(widths, px, images, tr
     found, expected = (results(model, x_NCHW.bfloat16()) for model in (blocked, plain))
     truth = results(exact, x_NCHW)
     assert found.keys() == expected.keys() == truth.keys()
-    assert len(found) == 1 + 3 * 6 + training * (1 + 1 + 12)
+    norms = 3 * depth
+    assert len(found) == 1 + 3 * norms + training * (2 + 2 * norms)
     for name, true in truth.items():
         if name.endswith("num_batches_tracked"):
             assert found[name] == true == training

@@ -32,7 +32,8 @@ CURVES = st.builds(
     half=st.floats(0.05, 5),
     power=st.floats(0.5, 2),
     spread=st.floats(0.001, 0.1),
-    longest=st.floats(1, 30),
+    bends=st.floats(1, 30).map(lambda epochs: ((epochs / 8, 1.05), (epochs, 1.0))),
+    images=st.sampled_from([5000, 50_000]),
 )
 
 
@@ -46,7 +47,7 @@ def test_more_training_is_expected_to_be_better_and_never_leaves_its_interval(cu
 
 def test_the_interval_holds_95_of_100_trainings():
     """Simulated: seeds scatter by the spread, the epochs by the pace, and 10,000 images are drawn."""
-    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, longest=8.0)
+    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, bends=((8.0, 1.0),), images=10**9)
     seen = expect(curve, 8.0, pace_error=0.15)
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(4000, 2, generator=generator)
@@ -57,7 +58,7 @@ def test_the_interval_holds_95_of_100_trainings():
 
 
 def test_the_interval_grows_beyond_the_longest_training():
-    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, longest=8.0)
+    curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, bends=((8.0, 1.0),), images=10**9)
     widths = [(seen.high - seen.low) / (1 - seen.accuracy) for seen in (expect(curve, e, 0.15) for e in (8, 16, 32))]
     assert widths[0] + 0.15 < widths[1] < widths[2] - 0.15
 
