@@ -220,7 +220,7 @@ PARTS: dict[str, Part] = {
     ),
     "loaders": Part(
         lambda asked: fastcifar("bench", "loaders", *asked.where(), "--out", str(asked.file("loaders.json"))),
-        "loaders.json", 40, 80, 240, loaders.table,
+        "loaders.json", 40, 80, 120, loaders.table,
     ),
     "throughput": Part(throughput_command, "train.json", 60, 120, 60, train.table),
     "runs": Part(runs_command, "runs.jsonl", 60, 160, None, show_runs),
