@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from fastcifar.data import shapes10
 from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.settings import Augment
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]  # at a free port
 RECIPES = {
     # Classic optimizers pass a rounding on as they get it. BatchNorm inside a fused operator, and of vectors.
     "cnn4": ["--recipe", "cnn4", "--model.blocks", "[[8],[16]]", "--model.dropout", "0", "--batch-size", "64"],
@@ -69,14 +70,22 @@ def test_speed_on_two_processes_begins_as_one_does(small_cifar, tmp_path):
 def test_a_budget_is_kept_by_two_processes(small_cifar, tmp_path):
     """They measure different times and yet must agree on every step."""
     words = ["--recipe", "speed", "--model.widths", "[16,32,32]", "--batch-size", "128"]
-    metrics, result = train(tmp_path / "run", 2, small_cifar, *words, "--budget", "40s")
+    out, budget_s = tmp_path / "run", 40
+    for _ in range(3):
+        words_now = [*words, "--budget", f"{budget_s}s", "--out", str(out)]
+        done = subprocess.run(command(2, small_cifar, *words_now), capture_output=True, text=True)
+        if not (asked := re.search(r"try: --budget (\d+)s", done.stderr)):
+            break
+        budget_s = int(asked[1])  # which this machine needs
+    assert done.returncode == 0, done.stderr
+    metrics, result = rows(out), json.loads((out / "result.json").read_text())
     assert metrics[-1]["progress"] == 1
-    assert 0.9 * 40 <= result["wall_s"] <= 41
+    assert 0.9 * budget_s <= result["wall_s"] <= budget_s + max(1, 0.02 * budget_s)
     assert result["steps"] == len(metrics)
 
 
 def test_an_interrupted_training_goes_on_with_two_processes(small_cifar, tmp_path):
-    words = [*RECIPES["mlp"], "--dtype", "float32", "--steps", "400"]
+    words = [*RECIPES["mlp"], "--dtype", "float32", "--steps", "1500"]
     out = tmp_path / "run"
     process = subprocess.Popen(command(2, small_cifar, *words, "--out", str(out)), stderr=subprocess.PIPE, text=True)
     while not ((out / "metrics.jsonl").exists() and len(rows(out)) > 20):
@@ -85,12 +94,12 @@ def test_an_interrupted_training_goes_on_with_two_processes(small_cifar, tmp_pat
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     done = len(rows(out))
-    assert done < 400
+    assert done < 1500
     assert (out / "checkpoint.safetensors").exists()
     start = [*TORCHRUN, "2", "-m", "fastcifar", "train", "--resume", str(out)]
     resumed = subprocess.run(start, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert [row["step"] for row in rows(out)] == list(range(1, 401))
+    assert [row["step"] for row in rows(out)] == list(range(1, 1501))
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(small_cifar, tmp_path):
