@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: recorded once, then started by a single call from Python.
 
-A step of `speed` starts some 150 kernels, most of which take less time than starting them does. What a graph has
-recorded stays as it is, so there is one for each image size and for each set of weights that learns, all recorded
+Most kernels of a small network take less time than starting them one by one does (not measured here yet). What a graph
+has recorded stays as it is, so there is one for each image size and for each set of weights that learns, all recorded
 before the first step; the images, their labels and the learning rates are read from tensors that keep their place.
 Augmentation is not in it: so any loader may feed it, and it costs a copy of the batch, 12 MB for 2,000 images.
 

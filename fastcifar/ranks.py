@@ -2,7 +2,7 @@
 
 Every batch is divided among the processes, the ranks. Gradients, BatchNorm's statistics and the loss are sums over all
 of them, so N ranks train as one process does with the same batch. Whatever hangs on a clock is decided by rank 0, which
-is also the only one that evaluates, writes and speaks.
+is also the only one that evaluates, writes and, errors aside, speaks.
 
 Gradients are summed here, in one piece after the backward pass, and not by DistributedDataParallel, whose reducer waits
 for every weight that learned when it was built: the whitening bias stops in the middle of a training. There is little
