@@ -15,7 +15,7 @@ from statistics import median
 from fastcifar.errors import UsageError
 from fastcifar.settings import Stage
 
-REPORT_S = 2.0  # kept of a budget for report.html: matplotlib takes 0.5 s to import and about as long to draw
+REPORT_S = 1.0  # kept of a budget for report.html, at least: importing matplotlib and drawing take 0.65 s
 UNITS_S = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 
 
