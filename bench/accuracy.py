@@ -9,8 +9,8 @@ there, and more names or seeds add to it. Then DIR/table.md: mean accuracy on th
 the share of airbench94's seconds, and p, how likely so high a mean is if the true one were only the goal (Student's t).
 DIR/accuracy.png: wrong answers against seconds.
 
-A round of everything takes two hours on two cores with AMX, half of that for dynamic4 and dynamic11: --only says what
-matters.
+By the seconds of earlier trainings a round of everything takes two hours on two cores with AMX, half of them for
+dynamic4 and dynamic11: --only says what matters.
 """
 
 import argparse

@@ -127,7 +127,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     loader = train_loader(feed)
     began_s = time.monotonic()
     x_NCHW = loader.take(torch.arange(min(WHITENING_IMAGES, images)))
-    resize(x_NCHW[:1], recipe.stages[0].image_px)
+    resize(x_NCHW[:1], recipe.stages[0].image_px)  # compiled at its first use
     compile_s += time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, classes, job.seed).to(device)
     if isinstance(model, SpeedNet) and isinstance(recipe.model, SpeedNetModel):
