@@ -35,7 +35,7 @@ from fastcifar.process import physical_cores
 from fastcifar.ranks import ALONE, Ranks
 from fastcifar.resize import resize
 from fastcifar.settings import Recipe, SpeedNetModel
-from fastcifar_kernels import amx
+from fastcifar_kernels.layout import GROUP
 
 EVALUATION_BATCH = 1000
 COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # graphs.py records its own
@@ -136,7 +136,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     share_statistics(model, ranks)
     optimizers = build_optimizers(model, recipe.optim, recipe.batch_size)
     if isinstance(model, SpeedNet):
-        x_NCHW = x_NCHW[: amx.GROUP]
+        x_NCHW = x_NCHW[:GROUP]
         if model.blocks_pay(x_NCHW):
             compile_s += warm_up(model, model, optimizers, recipe, x_NCHW)
     look_s = time_a_look(model, loader)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastcifar_kernels import amx, bn_gelu, conv_blocked, patches_gelu
+from fastcifar_kernels import bn_gelu, conv_blocked, patches_gelu
+from fastcifar_kernels.conv_blocked import blocks_run
+from fastcifar_kernels.layout import GROUP
 
 WHITEN_PX = 2  # side of a whitened patch
 
@@ -108,7 +110,7 @@ class SpeedNet(nn.Module):
         self.groups = nn.Sequential(
             *[Group(i, o, depth, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
         )
-        self.may_block = own_kernels and all(width % amx.GROUP == 0 for width in widths)
+        self.may_block = own_kernels and all(width % GROUP == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)
         with torch.no_grad():
             self.head.weight /= self.head.weight.std()
@@ -128,8 +130,8 @@ class SpeedNet(nn.Module):
     def blocks_pay(self, x_NCHW: Tensor) -> bool:
         """Whether these images go through the operators for AMX, 2-3 times as fast as oneDNN's (LOG.md)."""
         # What fills the last group up is no image: BatchNorm must not see it.
-        whole = len(x_NCHW) % amx.GROUP == 0 or not self.training
-        return self.may_block and whole and amx.runs(x_NCHW)
+        whole = len(x_NCHW) % GROUP == 0 or not self.training
+        return self.may_block and whole and blocks_run(x_NCHW)
 
     @torch.no_grad()
     def fit_whitening(self, x_NCHW: Tensor, eps: float) -> None:

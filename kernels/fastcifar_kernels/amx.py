@@ -21,7 +21,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-GROUP = 32  # rows of a block: images that lie side by side
+from fastcifar_kernels.layout import GROUP
+
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux, asm/prctl.h
 # What keeps oneDNN from AMX keeps us from it, too.
 ISA_WITH_AMX = ("", "ALL", "DEFAULT", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")

@@ -12,6 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Elements that a sample may span: inside a sample the kernels count in 32 bits, between samples in 64. A tile may begin
 # inside and end beyond, so it takes a little less than 2**31.
 SPAN_LIMIT = 2**31 - 2**16
+GROUP = 32  # images that lie side by side at every pixel of blocked ones
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ float32, so widening is a shift and narrowing a rounding; both compile to a few 
 """
 
 import llvmlite.binding
+import numba
 import torch
 from llvmlite import ir
 from numba import types
@@ -21,6 +22,11 @@ PIECE_PIXELS = 64  # of one sample, handled by one thread at a time; sums of mor
 def pieces_of(pixels: int) -> int:
     """Into how many pieces a sample is cut."""
     return -(-pixels // PIECE_PIXELS)
+
+
+def parts_of(groups: int) -> int:
+    """How many threads share so many groups of images."""
+    return min(numba.get_num_threads(), groups)
 
 
 def as_array(tensor: Tensor) -> NDArray:
@@ -58,24 +64,24 @@ def narrow(context, value, like):
     return None
 
 
-class _Bfloat16(ir.Type):
+class Bfloat16(ir.Type):
     """LLVM's bfloat, which llvmlite does not know."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Bfloat16)
+        return isinstance(other, Bfloat16)
 
     def __hash__(self) -> int:
-        return hash(_Bfloat16)
+        return hash(Bfloat16)
 
 
 def _narrow_bfloat16(context, builder, signature, arguments):
     i32, i16 = ir.IntType(32), ir.IntType(16)
     value = arguments[0]
     if ROUNDS_TO_BFLOAT16:
-        return builder.bitcast(builder.fptrunc(value, _Bfloat16()), i16)
+        return builder.bitcast(builder.fptrunc(value, Bfloat16()), i16)
     bits = builder.bitcast(value, i32)
     odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
     rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))

@@ -1,8 +1,8 @@
-"""gelu(2x2 convolution + bias) of colour images into blocked ones, on AMX: a frozen first layer, in bfloat16.
+"""gelu(2x2 convolution + bias) of colour images into blocked ones, on a CPU: a frozen first layer.
 
-The four pixels that a filter sees are 12 numbers, less than a row of a tile holds. So the work is to copy them there,
-and GELU, not the product. The gradient goes to the bias alone: filters that are set before a training need none, and
-images never do.
+The four pixels that a filter sees are 12 numbers, less than a row of an AMX tile holds. So the work is to copy them
+there, and GELU, not the product. The gradient goes to the bias alone: filters that are set before a training need none,
+and images never do.
 
 Shapes: N images, G groups of M = 32, H rows, W columns of an image, O = 32 channels.
 """
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcifar_kernels import amx
-from fastcifar_kernels.amx import GROUP
+from fastcifar_kernels import amx, vectors
 from fastcifar_kernels.bn_gelu import PHI, SLOPE, _curve
-from fastcifar_kernels.conv_blocked import parts_of
-from fastcifar_kernels.layout import check_companion, check_values
-from fastcifar_kernels.loops import as_array, narrow, use_wide_vectors, widen
+from fastcifar_kernels.conv_blocked import blocks_run
+from fastcifar_kernels.layout import GROUP, check_companion, check_values
+from fastcifar_kernels.loops import as_array, narrow, parts_of, use_wide_vectors, widen
 
 CHANNELS = 32  # of the result; those without a filter are 0
 
@@ -38,7 +37,7 @@ def patches_gelu(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor) -> Tensor:
     """What each filter makes of 2 x 2 pixels, no padding.
 
     Args:
-        x_NCHW: [N, 3, H, W], fastest channels-last. The loops take bfloat16 on a CPU with AMX; anything else is plain
+        x_NCHW: [N, 3, H, W], fastest channels-last. The loops take what `blocks_run` says; anything else is plain
             torch.
         w_OCHW: [O, 3, 2, 2], at most 32 filters.
         bias_O: the only argument that gets a gradient from the loops.
@@ -58,101 +57,128 @@ def patches_gelu(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor) -> Tensor:
     check_companion("bias_O", bias_O, (filters,), "w_OCHW", w_OCHW)
     if not 1 <= filters <= CHANNELS:
         raise ValueError(f"w_OCHW must have 1 to {CHANNELS} filters, has shape {tuple(w_OCHW.shape)}.")
-    if not amx.runs(x_NCHW):
+    if not blocks_run(x_NCHW):
         return patches_gelu_reference(x_NCHW, w_OCHW, bias_O)
     if torch.is_grad_enabled() and (x_NCHW.requires_grad or w_OCHW.requires_grad):
         raise ValueError("x_NCHW and w_OCHW get no gradient here, and one of them requires it: detach it.")
     return _patches_gelu(x_NCHW, w_OCHW, bias_O)
 
 
+# numba: with AMX `vector` is None, without it `tiles` is. To numba that is a type: it compiles one branch of the two.
+
+
 @numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _patch_block(x_NHWC, g, i, j, w, rows_M, block_MO):  # pragma: no cover
+def _patch_block(x_NHWC, g, i, j, w, rows_MD, block_MO, vector, tiles):  # pragma: no cover
     """The block becomes the patches of 32 images at (i, j) times the filters."""
     images, height, width, channels = x_NHWC.shape
-    row = width * channels * 2
-    rows = rows_M.ctypes.data
-    patches = x_NHWC.ctypes.data + i * row + j * channels * 2
-    amx.copy_patches(patches, height * row, row, g * GROUP, images - 1, rows)
-    amx.clear_block()
-    amx.multiply_rows(rows, rows + 1024, 64, w, 1)
-    amx.store_block(block_MO.ctypes.data)
+    rows, block = rows_MD.ctypes.data, block_MO.ctypes.data
+    if tiles is not None:
+        row = width * channels * 2
+        patches = x_NHWC.ctypes.data + i * row + j * channels * 2
+        amx.copy_patches(patches, height * row, row, g * GROUP, images - 1, rows)
+        amx.clear_block()
+        amx.multiply_rows(rows, rows + 1024, 64, w, 1)
+        amx.store_block(block)
+    else:
+        for m in range(GROUP):
+            image = min(g * GROUP + m, images - 1)
+            for d in range(12):
+                rows_MD[m, d] = x_NHWC[image, i + d // 6, j + d % 6 // 3, d % 3]
+        lanes, row = len(vector), rows_MD.strides[0]
+        steps = 12 * rows_MD.itemsize // 4
+        for column in range(0, CHANNELS // lanes, 2):
+            for m in range(0, GROUP, lanes // 2):
+                columns = w + column * steps * lanes * 4
+                to = block + m * CHANNELS * 4 + column * lanes * 4
+                vectors.multiply(
+                    vector, rows + m * row, row, 4, columns, steps * lanes * 4, lanes * 4, steps, to, CHANNELS * 4
+                )
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _forward(x_NHWC, w, bias_O, out_GHWMO, rows_PM, blocks_PMO, tiles):  # pragma: no cover
+def _forward(x_NHWC, w, bias_O, out_GHWMO, rows_PMD, blocks_PMO, vector, tiles):  # pragma: no cover
     groups, height, width, _, _ = out_GHWMO.shape
     parts = len(blocks_PMO)
     for part in numba.prange(parts):
         use_wide_vectors()
         block_MO = blocks_PMO[part]
-        amx.configure(tiles.ctypes.data)
+        if tiles is not None:
+            amx.configure(tiles.ctypes.data)
         for g in range(part * groups // parts, (part + 1) * groups // parts):
             for i in range(height):
                 for j in range(width):
-                    _patch_block(x_NHWC, g, i, j, w, rows_PM[part], block_MO)
+                    _patch_block(x_NHWC, g, i, j, w, rows_PMD[part], block_MO, vector, tiles)
                     for m in range(GROUP):
                         for o in range(CHANNELS):
                             u = block_MO[m, o] + bias_O[o]
-                            out_GHWMO[g, i, j, m, o] = narrow(u * _curve(u, PHI), np.uint16(0))
-        amx.release()
+                            out_GHWMO[g, i, j, m, o] = narrow(u * _curve(u, PHI), out_GHWMO[0, 0, 0, 0, 0])
+        if tiles is not None:
+            amx.release()
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-def _to_bias(x_NHWC, w, bias_O, grad_GHWMO, sums_GO, rows_PM, blocks_PMO, tiles):  # pragma: no cover
+def _to_bias(x_NHWC, w, bias_O, grad_GHWMO, sums_GO, rows_PMD, blocks_PMO, vector, tiles):  # pragma: no cover
     """Each group's share of the gradient of the bias."""
     groups, height, width, _, _ = grad_GHWMO.shape
     parts = len(blocks_PMO)
     for part in numba.prange(parts):
         use_wide_vectors()
         block_MO, sum_O = blocks_PMO[part], np.empty(CHANNELS, np.float32)
-        amx.configure(tiles.ctypes.data)
+        if tiles is not None:
+            amx.configure(tiles.ctypes.data)
         for g in range(part * groups // parts, (part + 1) * groups // parts):
             sum_O[:] = 0
             for i in range(height):
                 for j in range(width):
-                    _patch_block(x_NHWC, g, i, j, w, rows_PM[part], block_MO)
+                    _patch_block(x_NHWC, g, i, j, w, rows_PMD[part], block_MO, vector, tiles)
                     for m in range(GROUP):
                         for o in range(CHANNELS):
                             sum_O[o] += _curve(block_MO[m, o] + bias_O[o], SLOPE) * widen(grad_GHWMO[g, i, j, m, o])
             sums_GO[g] = sum_O
-        amx.release()
-
-
-def _buffers(groups: int) -> list:
-    """Rows of tiles that begin as 0, and a block, for every part."""
-    parts = parts_of(groups)
-    return [as_array(torch.zeros((parts, GROUP, 16))), as_array(torch.empty((parts, GROUP, CHANNELS)))]
+        if tiles is not None:
+            amx.release()
 
 
 # The operators
 
 
-def _arrays(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor):
-    """Images [N, H, W, 3], the address of the filters as a right matrix, biases [32]; and what must not be freed."""
+def _arguments(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor):
+    """Images [N, H, W, 3], the filters as a matrix to be multiplied by, biases [32]."""
+    dtype = x_NCHW.dtype
     w_OD = w_OCHW.permute(0, 2, 3, 1).flatten(1)
-    right = torch.zeros((2, 16, 16, 2), dtype=torch.bfloat16)  # tiles, pairs, filters, 2
-    padded_OD = F.pad(w_OD, (0, 32 - w_OD.size(1), 0, CHANNELS - len(w_OD)))
-    right.copy_(padded_OD.view(2, 16, 16, 2).permute(0, 2, 1, 3))
+    if amx.runs(x_NCHW):
+        w_OD = F.pad(w_OD, (0, 32 - w_OD.size(1)))
+    lanes, pairs = 16 if amx.runs(x_NCHW) else vectors.LANES[dtype], 4 // dtype.itemsize
+    padded_OD = F.pad(w_OD, (0, 0, 0, CHANNELS - len(w_OD)))
+    w = padded_OD.view(CHANNELS // lanes, lanes, -1, pairs).permute(0, 2, 1, 3).to(dtype).contiguous()
     bias = F.pad(bias_O.detach().float(), (0, CHANNELS - len(bias_O)))
-    return as_array(x_NCHW.permute(0, 2, 3, 1).contiguous()), right, as_array(bias)
+    return as_array(x_NCHW.permute(0, 2, 3, 1).contiguous()), w, as_array(bias)
+
+
+def _buffers(x_NCHW: Tensor, groups: int) -> list:
+    """For every part rows of patches, 64 bytes that begin as 0, and a block; then what vectors are, and tiles."""
+    parts, dtype = parts_of(groups), x_NCHW.dtype
+    rows = torch.zeros((parts, GROUP, 64 // dtype.itemsize), dtype=dtype)
+    how = [None, amx.WHOLE_TILES] if amx.runs(x_NCHW) else [vectors.vector_of(dtype), None]
+    return [as_array(rows), as_array(torch.empty((parts, GROUP, CHANNELS))), *how]
 
 
 @torch.library.custom_op("fastcifar_kernels::patches_gelu", mutates_args=())
 def _patches_gelu(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor) -> Tensor:
     n, _, height, width = x_NCHW.shape
-    out = torch.empty((-(-n // GROUP), height - 1, width - 1, GROUP, CHANNELS), dtype=torch.bfloat16)
-    x_NHWC, right, bias = _arrays(x_NCHW, w_OCHW, bias_O)
-    _forward(x_NHWC, right.data_ptr(), bias, as_array(out), *_buffers(len(out)), amx.WHOLE_TILES)
+    out = torch.empty((-(-n // GROUP), height - 1, width - 1, GROUP, CHANNELS), dtype=x_NCHW.dtype)
+    x_NHWC, w, bias = _arguments(x_NCHW, w_OCHW, bias_O)
+    _forward(x_NHWC, w.data_ptr(), bias, as_array(out), *_buffers(x_NCHW, len(out)))
     return out
 
 
 @torch.library.custom_op("fastcifar_kernels::patches_gelu_backward", mutates_args=())
 def _patches_gelu_backward(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor, grad_GHWMO: Tensor) -> Tensor:
     """The gradient of the bias."""
-    x_NHWC, right, bias = _arrays(x_NCHW, w_OCHW, bias_O)
+    x_NHWC, w, bias = _arguments(x_NCHW, w_OCHW, bias_O)
     sums_GO = torch.empty((len(grad_GHWMO), CHANNELS))
-    arrays = as_array(grad_GHWMO.contiguous()), as_array(sums_GO), *_buffers(len(sums_GO))
-    _to_bias(x_NHWC, right.data_ptr(), bias, *arrays, amx.WHOLE_TILES)
+    arrays = as_array(grad_GHWMO.contiguous()), as_array(sums_GO)
+    _to_bias(x_NHWC, w.data_ptr(), bias, *arrays, *_buffers(x_NCHW, len(sums_GO)))
     return sums_GO.sum(dim=0)[: len(bias_O)].to(bias_O.dtype)
 
 

@@ -41,6 +41,7 @@ from fastcifar_kernels import (
     patches_gelu,
     scaled_copies,
     tiles,
+    vectors,
     weighted_sum,
 )
 from fastcifar_kernels.aggregate_weights import aggregate_weights_reference
@@ -58,8 +59,8 @@ from fastcifar_kernels.scaled_copies import scaled_copies_reference
 from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OF_AMX = ("conv_blocked", "patches_gelu")  # loops for bfloat16 alone, on a CPU with AMX
-OF_THE_CPU = ("bn_relu_pool", "conv_matmul", *OF_AMX)  # without a Triton kernel
+OF_BLOCKS = ("conv_blocked", "patches_gelu")  # with other loops on other processors, or none
+OF_THE_CPU = ("bn_relu_pool", "conv_matmul", *OF_BLOCKS)  # without a Triton kernel
 SHAKES = 4
 # How far the polynomials in the loops of `bn_gelu` are off at most: Phi, where GELU is u * Phi(u), and GELU's slope.
 # Measured by tests/kernels/test_blocked.py. The Triton kernels have none.
@@ -78,7 +79,8 @@ POOL_VARIANTS = {
 }
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
-blocked = sys.modules["fastcifar_kernels.conv_blocked"]
+banded = sys.modules["fastcifar_kernels.conv_amx"]
+tiled = sys.modules["fastcifar_kernels.conv_winograd"]
 products = sys.modules["fastcifar_kernels.conv_matmul"]
 statistics = sys.modules["fastcifar_kernels.batch_statistics"]
 
@@ -403,6 +405,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
             faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
         plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
         allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
+        if case.op == "conv_blocked":
+            allowed += rounding(dtype)  # without AMX what is multiplied was transformed, and rounded once more
         if not math.isfinite(allowed):
             faults.append(f"{name} cannot be judged: plain torch overflows")
         compared.append((name, distance(found[name], truth[name]), allowed))
@@ -539,16 +543,16 @@ def verify(device: str, shapes: tuple[tuple[int, ...], ...], ops: list[str] | No
         for case in cases(shape, device):
             if ops and case.op not in ops:
                 continue
-            # One type is enough for gaps, and once for the plain torch that the others take where AMX is for bfloat16.
-            alone = torch.bfloat16 if case.op in OF_AMX else torch.float32
-            once = "gaps" in case.variant or (case.op in OF_AMX and case.variant)
-            for dtype in (alone,) if once else DTYPES:
+            # One type is enough for gaps; but each may have loops of its own, and of float16 once is enough for those.
+            few = (torch.float32, torch.bfloat16) if case.op in OF_BLOCKS else (torch.float32,)
+            once = "gaps" in case.variant or (case.op in OF_BLOCKS and case.variant)
+            for dtype in few if once else DTYPES:
                 yield judge(case, dtype)
             if case.variant in ("", "pool"):
                 for programs in (2, 3 * shape[1] * -(-shape[2] // 128)):  # for all, or for every expert and channel
                     with few_programs(programs):
                         name = ", ".join(filter(None, (case.variant, f"{programs} programs")))
-                        yield replace(judge(case, alone), variant=name)
+                        yield from (replace(judge(case, dtype), variant=name) for dtype in few)
 
 
 @contextmanager
@@ -559,7 +563,9 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(aggregation, "PROGRAMS", programs),
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
         mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
-        mock.patch.object(blocked, "BAND_BYTES", 1),  # two rows at a time
+        mock.patch.object(banded, "BAND_BYTES", 1),  # two rows at a time
+        mock.patch.object(tiled, "INPUT_BYTES", 1),  # one tile at a time
+        mock.patch.object(tiled, "GRAD_BYTES", 1),
     ):
         yield
 
@@ -594,8 +600,10 @@ def main(words: list[str] | None = None) -> int:
         gpu = torch.cuda.get_device_properties(0)
         title = f"Triton kernels on {gpu.name}, sm_{gpu.major}{gpu.minor}:"
         return not report(title, verify("cuda", LARGE, ops))
-    without = "" if amx.available() else f" (no AMX here: {', '.join(OF_AMX)} in plain torch)"
-    passed = report(f"numba loops for CPU tensors{without}:", verify("cpu", MEDIUM, ops))
+    bits = {dtype: f"{str(dtype)[6:]} in vectors of {lanes}" for dtype, lanes in vectors.LANES.items()}
+    bits |= {torch.bfloat16: "bfloat16 with AMX"} if amx.available() else {}
+    how = f"{', '.join(OF_BLOCKS)}: {', '.join(bits.values()) or 'plain torch'}"
+    passed = report(f"numba loops for CPU tensors ({how}):", verify("cpu", MEDIUM, ops))
     if ops and not {*ops} - {*OF_THE_CPU}:
         return not passed
     command = [sys.executable, "-m", "fastcifar_kernels.verify", *(["--op", *ops] if ops else [])]

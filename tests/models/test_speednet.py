@@ -10,9 +10,12 @@ from torch.nn import functional as F
 from fastcifar.models.build import build_model
 from fastcifar.models.speednet import BatchNorm, Conv, Group, SpeedNet
 from fastcifar.settings import Recipe, SpeedNetModel
-from fastcifar_kernels import amx
+from fastcifar_kernels.conv_blocked import blocks_run
 
-needs_amx = pytest.mark.skipif(not amx.available(), reason="no AMX here")
+
+def needs_loops(dtype: torch.dtype) -> None:
+    if not blocks_run(torch.empty(0, dtype=dtype)):
+        pytest.skip("no loops for this type here")
 
 
 @pytest.fixture
@@ -126,11 +129,15 @@ def results(model: SpeedNet, x_NCHW: torch.Tensor) -> dict[str, torch.Tensor]:
     return found | dict(model.named_buffers())
 
 
-@needs_amx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("images", "training"), [(64, True), (64, False), (40, False)])
 @pytest.mark.parametrize(("widths", "px", "depth"), [((32, 64, 32), 18, 2), ((64, 32, 96), 23, 3)])
-def test_blocked_images_give_what_images_by_themselves_do(widths, px, depth, images, training, monkeypatch):
-    """As far from float32 as bfloat16 is by itself: half as much again is allowed, and 1 % of the whole."""
+def test_blocked_images_give_what_images_by_themselves_do(widths, px, depth, images, training, dtype, monkeypatch):
+    """As far from float64 as the type is by itself: twice as much is allowed, and 1 % of the whole.
+
+    Of a float32 gradient, 3 %: GELU's slope is off by up to 5e-4, and a bias sums slopes up that nearly cancel.
+    """
+    needs_loops(dtype)
     torch.manual_seed(0)
     x_NCHW = torch.randn(images, 3, px, px).to(memory_format=torch.channels_last)
     blocked = SpeedNet(7, widths, depth)
@@ -142,11 +149,11 @@ def test_blocked_images_give_what_images_by_themselves_do(widths, px, depth, ima
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 2)
     blocked.train(training)
-    plain, exact = deepcopy(blocked), deepcopy(blocked)
+    plain, exact = deepcopy(blocked), deepcopy(blocked).double()
     monkeypatch.setattr(plain, "blocks_pay", lambda _: False)
-    assert blocked.blocks_pay(x_NCHW.bfloat16())
-    found, expected = (results(model, x_NCHW.bfloat16()) for model in (blocked, plain))
-    truth = results(exact, x_NCHW)
+    assert blocked.blocks_pay(x_NCHW.to(dtype))
+    found, expected = (results(model, x_NCHW.to(dtype)) for model in (blocked, plain))
+    truth = results(exact, x_NCHW.double())
     assert found.keys() == expected.keys() == truth.keys()
     norms = 3 * depth
     assert len(found) == 1 + 3 * norms + training * (2 + 2 * norms)
@@ -155,26 +162,28 @@ def test_blocked_images_give_what_images_by_themselves_do(widths, px, depth, ima
             assert found[name] == true == training
             continue
         assert found[name].dtype == expected[name].dtype, name
-        assert (found[name] - true).norm() <= 1.5 * (expected[name] - true).norm() + 0.01 * true.norm(), name
+        share = 0.03 if dtype == torch.float32 and training else 0.01
+        assert (found[name] - true).norm() <= 2 * (expected[name] - true).norm() + share * true.norm(), name
 
 
 @pytest.mark.parametrize(("widths", "images", "training", "dtype"), [
     ((32, 32, 32), 40, True, torch.bfloat16),  # what fills a group up would count for BatchNorm
     ((32, 48, 32), 64, True, torch.bfloat16),
     ((32, 32, 8), 64, False, torch.bfloat16),
-    ((32, 32, 32), 64, True, torch.float32),
+    ((32, 32, 32), 64, True, torch.float64),
 ])  # fmt: skip
 def test_everything_else_takes_the_plain_path(widths, images, training, dtype):
     model = SpeedNet(7, widths).train(training)
+    model = model.double() if dtype == torch.float64 else model
     x_NCHW = torch.randn(images, 3, 18, 18, dtype=dtype)
     assert not model.blocks_pay(x_NCHW)
     assert results(model, x_NCHW)["logits"].shape == (images, 7)
 
 
-@needs_amx
 def test_blocked_images_compile_without_a_graph_break():
-    model = SpeedNet(10, (32, 32, 32)).bfloat16()
-    x_NCHW = torch.randn(32, 3, 20, 20).bfloat16()
+    needs_loops(torch.float32)
+    model = SpeedNet(10, (32, 32, 32))
+    x_NCHW = torch.randn(32, 3, 20, 20)
     assert model.blocks_pay(x_NCHW)
     compiled = torch.compile(deepcopy(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x_NCHW), model(x_NCHW))

@@ -1,0 +1,314 @@
+"""3x3 convolutions of blocked images with 2.25 times fewer multiplications, on x86 processors without a matrix unit.
+
+Winograd's F(2x2, 3x3): 4 x 4 pixels of the input and the nine of a filter are each transformed into 16 numbers, and
+2 x 2 pixels of the output are made of their 16 products (`winograd.py`). Those sum over channels, so they are 16
+products of matrices: [images of some tiles, C] by [C, O]. The gradient of the input is a convolution, too, with turned
+filters. That of the filters sums over images and tiles: [O, images] by [images, C]. From Lavin and Gray, Fast
+Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
+
+What is between input and output stays in a core's cache, some tiles at a time. As the images of a group lie side by
+side at every pixel, transforming them is adding and subtracting rows of 32 C numbers.
+
+Shapes as in `conv_blocked`; a tile is 2 x 2 pixels of the output of a group, E = 16 numbers that it is made of, S
+shares of the groups.
+"""
+
+# numba changes what its decorators wrap:
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcifar_kernels import winograd
+from fastcifar_kernels.layout import GROUP
+from fastcifar_kernels.loops import as_array, narrow, parts_of, widen
+from fastcifar_kernels.vectors import LANES, multiply, multiply_more, vector_of
+from fastcifar_kernels.winograd import ABOVE, BELOW, FIRST, SECOND, SIGN
+
+INPUT_BYTES = 2**18  # of transformed input, for the output and the gradient of the input
+GRAD_BYTES = 2**20  # of a quarter of the transformed input and gradient, for the gradient of the filters
+
+
+def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+    """The output, and which of four pixels was the largest."""
+    groups, height, width, _, channels = x_GHWMC.shape
+    filters, dtype = len(w_OCHW), x_GHWMC.dtype
+    size = (height // 2, width // 2) if pool else (height, width)
+    out_GHWMO = torch.empty((groups, *size, GROUP, filters), dtype=dtype)
+    which = torch.empty((groups, *size, GROUP, filters // 32, 2) if pool else (0,), dtype=torch.int32)
+    u = _transformed(w_OCHW, dtype)
+    buffers = _buffers(groups, channels, filters, dtype)
+    given = x_GHWMC.data_ptr(), groups, height, width, channels, u.data_ptr()
+    to = out_GHWMO.data_ptr(), which.data_ptr(), filters, pool
+    _forward(vector_of(dtype), dtype.itemsize, *given, *to, *buffers)
+    return out_GHWMO, which
+
+
+def backward(
+    x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, to_input: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x, which is empty unless asked for, and w."""
+    groups, height, width, _, channels = x_GHWMC.shape
+    _, rows, columns, _, filters = grad_GHWMO.shape
+    rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
+    dtype = x_GHWMC.dtype
+    how = vector_of(dtype), dtype.itemsize
+    given = grad_GHWMO.data_ptr(), which.data_ptr()
+    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=dtype)
+    if to_input:
+        u = _transformed(w_OCHW, dtype, turned=True)
+        to = grad_x_GHWMC.data_ptr(), height, width, channels, pool
+        unpooled = torch.empty((parts_of(groups), rows * columns * GROUP * filters if pool else 0), dtype=dtype)
+        buffers = *_buffers(groups, filters, channels, dtype), as_array(unpooled)
+        _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
+    # Threads share the rows of transformed tiles, and the groups only where that does not come out even.
+    shares = 1 if 4 % numba.get_num_threads() == 0 else parts_of(groups)
+    count = max(1, GRAD_BYTES // (4 * GROUP * (channels + filters) * dtype.itemsize))
+    sides = [torch.empty((4 * shares, 4 * count * GROUP * length), dtype=dtype) for length in (filters, channels)]
+    zeros = torch.zeros(GROUP * max(channels, filters), dtype=dtype)
+    sums_SEOC = torch.empty((shares, 16, filters, channels))
+    shape = groups, height, width, channels, *given, rows, columns, filters, pool
+    buffers = as_array(sums_SEOC), count, *map(as_array, sides), np.empty((4 * shares, 8), np.int64)
+    _to_filters(*how, x_GHWMC.data_ptr(), *shape, *buffers, zeros.data_ptr())
+    grad_w_OHWC = torch.empty((filters, 3, 3, channels), dtype=w_OCHW.dtype)
+    _unpack_sums(as_array(sums_SEOC), as_array(grad_w_OHWC))
+    return grad_x_GHWMC, grad_w_OHWC.permute(0, 3, 1, 2)
+
+
+def _transformed(w_OCHW: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    """See `_pack_filters`."""
+    o, c = w_OCHW.shape[1::-1] if turned else w_OCHW.shape[:2]
+    lanes, pairs = LANES[dtype], 4 // dtype.itemsize
+    out = torch.empty((16, o // lanes, c // pairs, lanes, pairs), dtype=dtype)
+    _pack_filters(as_array(w_OCHW.permute(0, 2, 3, 1).contiguous()), turned, as_array(out))
+    return out
+
+
+def _buffers(groups: int, channels: int, filters: int, dtype: torch.dtype) -> list:
+    """How many tiles at a time, and memory for every part: them transformed, products, addresses, zeros, leftovers."""
+    parts, tile = parts_of(groups), 16 * GROUP * channels
+    count = max(1, INPUT_BYTES // (tile * dtype.itemsize))
+    tiles = torch.empty((parts, count * tile), dtype=dtype)
+    products = torch.empty((parts, 16 * count * GROUP * 2 * LANES[dtype]))
+    zeros, rest = (
+        torch.zeros((parts, GROUP * channels), dtype=dtype),
+        torch.empty((parts, GROUP * filters), dtype=dtype),
+    )
+    return [count, as_array(tiles), as_array(products), np.empty((parts, 8), np.int64), as_array(zeros), as_array(rest)]
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _four(a, b, c):  # pragma: no cover
+    """`G` times three numbers."""
+    return a, np.float32(0.5) * (a + b + c), np.float32(0.5) * (a - b + c), c
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _three(a, b, c, d):  # pragma: no cover
+    """`G^T` times four numbers."""
+    return a + np.float32(0.5) * (b + c), np.float32(0.5) * (b - c), d + np.float32(0.5) * (b + c)
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _neighbour(w_OHWC, turned, o, c, i, j):  # pragma: no cover
+    """A number of a filter; or of one for the gradient of x: filters and channels swapped, neighbours in reverse."""
+    return widen(w_OHWC[c, 2 - i, 2 - j, o]) if turned else widen(w_OHWC[o, i, j, c])
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _pack_filters(w_OHWC, turned, out):  # pragma: no cover
+    """`G filter G^T` as 16 right matrices [E, O / lanes, steps, lanes, 2 or 1]."""
+    _, columns, steps, lanes, pairs = out.shape
+    for column in numba.prange(columns):
+        rows = np.empty((4, 3), np.float32)
+        for step in range(steps):
+            for lane in range(lanes):
+                for pair in range(pairs):
+                    which = w_OHWC, turned, column * lanes + lane, step * pairs + pair
+                    for j in range(3):
+                        rows[0, j], rows[1, j], rows[2, j], rows[3, j] = _four(
+                            _neighbour(*which, 0, j), _neighbour(*which, 1, j), _neighbour(*which, 2, j)
+                        )
+                    for i in range(4):
+                        row = _four(rows[i, 0], rows[i, 1], rows[i, 2])
+                        for j in range(4):
+                            out[4 * i + j, column, step, lane, pair] = narrow(row[j], out[0, 0, 0, 0, 0])
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _unpack_sums(sums_SEOC, out_OHWC):  # pragma: no cover
+    """The gradient of the filters, `G^T e G`, of what all shares have summed."""
+    filters, _, _, channels = out_OHWC.shape
+    for o in numba.prange(filters):
+        e, rows = np.empty((4, 4), np.float32), np.empty((3, 4), np.float32)
+        for c in range(channels):
+            e[:] = 0
+            for share in range(len(sums_SEOC)):
+                for n in range(16):
+                    e[n // 4, n % 4] += sums_SEOC[share, n, o, c]
+            for j in range(4):
+                rows[0, j], rows[1, j], rows[2, j] = _three(e[0, j], e[1, j], e[2, j], e[3, j])
+            for i in range(3):
+                row = _three(rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3])
+                for j in range(3):
+                    out_OHWC[o, i, j, c] = narrow(row[j], out_OHWC[0, 0, 0, 0])
+
+
+# numba: x, u ... are addresses, `vector` says what lies there (vectors.py). Every part has a row of each buffer.
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _find_input(x, height, width, pixel, zeros, i, j, k, places):  # pragma: no cover
+    """The eight pixels that row k of the transformed tile (i, j) is made of; outside x they are zeros."""
+    for number in range(8):
+        row = 2 * i - 1 + (FIRST[k] if number < 4 else SECOND[k])
+        column = 2 * j - 1 + number % 4
+        inside = 0 <= row < height and 0 <= column < width
+        places[number] = x + (row * width + column) * pixel if inside else zeros
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _find_output(y, rows, columns, pixel, outside, i, j, places):  # pragma: no cover
+    """The four pixels of tile (i, j)."""
+    for number in range(4):
+        row, column = 2 * i + number // 2, 2 * j + number % 2
+        places[number] = y + (row * columns + column) * pixel if row < rows and column < columns else outside
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _convolve(
+    vector, size, x, height, width, channels, u, filters, out, rows, columns, which, pool,
+    count, v, m, places, zeros, rest,
+):  # fmt: skip  # pragma: no cover
+    """One group, `count` tiles at a time: as 16 matrices `v`, whose products with columns of `u` are `m`."""
+    lanes, at = len(vector), places.ctypes.data
+    tiles_j = (columns + 1) // 2
+    tiles = (rows + 1) // 2 * tiles_j
+    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
+    steps = channels * size // 4
+    u_next = steps * lanes * 4  # from one vector of columns to the next
+    v_next, m_next = count * pixel, count * GROUP * lanes * 8
+    for begin in range(0, tiles, count):
+        end = min(tiles, begin + count)
+        for tile in range(begin, end):
+            for k in range(4):
+                _find_input(x, height, width, pixel, zeros, tile // tiles_j, tile % tiles_j, k, places)
+                to = v + 4 * k * v_next + (tile - begin) * pixel
+                winograd.input_to_tiles(vector, at, np.float32(SIGN[k]), GROUP * channels, to, v_next)
+        for column in range(0, filters // lanes, 2):
+            for e in range(16):
+                right = u + (e * (filters // lanes) + column) * u_next
+                for image in range(0, (end - begin) * GROUP, lanes // 2):
+                    left, to = v + e * v_next + image * channels * size, m + e * m_next + image * lanes * 8
+                    multiply(vector, left, channels * size, 4, right, u_next, lanes * 4, steps, to, lanes * 8)
+            for tile in range(begin, end):
+                products = m + (tile - begin) * GROUP * lanes * 8
+                if pool:
+                    to, bits = out + tile * out_pixel, which + tile * GROUP * filters // 4
+                    winograd.tiles_to_largest(vector, products, m_next, GROUP, to, bits, column * lanes, filters)
+                else:
+                    _find_output(out, rows, columns, out_pixel, rest, tile // tiles_j, tile % tiles_j, places)
+                    winograd.tiles_to_output(vector, products, m_next, GROUP, at, column * lanes, filters)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _forward(
+    vector, size, x, groups, height, width, channels, u, out, which, filters, pool,
+    count, v_P, m_P, places_P, zeros_P, rest_P,
+):  # fmt: skip  # pragma: no cover
+    parts = len(places_P)
+    rows, columns = (height // 2 * 2, width // 2 * 2) if pool else (height, width)
+    for part in numba.prange(parts):
+        for g in range(part * groups // parts, (part + 1) * groups // parts):
+            first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
+            _convolve(
+                vector, size, x + g * height * width * GROUP * channels * size, height, width, channels, u, filters,
+                out + first * size, rows, columns, which + first // 4, pool,
+                count, v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
+                zeros_P[part].ctypes.data, rest_P[part].ctypes.data,
+            )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _unpool(vector, size, grad, which, rows, columns, filters, places, out):  # pragma: no cover
+    """The gradient of one group before pooling, [rows, columns, M, O]."""
+    length = GROUP * filters
+    for tile in range(rows // 2 * (columns // 2)):
+        _find_output(out, rows, columns, length * size, 0, tile // (columns // 2), tile % (columns // 2), places)
+        winograd.unpool(vector, grad + tile * length * size, which + tile * length // 4, length, places.ctypes.data)
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _to_input(
+    vector, size, grad, which, groups, rows, columns, filters, u, out, height, width, channels, pool,
+    count, v_P, m_P, places_P, zeros_P, rest_P, unpooled_P,
+):  # fmt: skip  # pragma: no cover
+    """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
+    parts = len(places_P)
+    for part in numba.prange(parts):
+        for g in range(part * groups // parts, (part + 1) * groups // parts):
+            first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
+            own, bits = grad + first * size, which + first // 4
+            if pool:
+                own = unpooled_P[part].ctypes.data
+                _unpool(vector, size, grad + first * size, bits, rows, columns, filters, places_P[part], own)
+            _convolve(
+                vector, size, own, rows, columns, filters, u, channels,
+                out + g * height * width * GROUP * channels * size, height, width, 0, False,
+                count, v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
+                zeros_P[part].ctypes.data, rest_P[part].ctypes.data,
+            )  # fmt: skip
+
+
+@numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+def _to_filters(
+    vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool,
+    sums_SEOC, count, left_P, right_P, places_P, zeros,
+):  # fmt: skip  # pragma: no cover
+    """The transformed gradient of the filters. A part has a row of E and a share of the groups."""
+    lanes, shares = len(vector), len(sums_SEOC)
+    tiles_j = (columns + 1) // 2
+    tiles = (rows + 1) // 2 * tiles_j
+    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
+    tile_bytes = GROUP * lanes * size  # of one vector of columns
+    next_columns = count * tile_bytes
+    left_next, right_next = filters // lanes * next_columns, channels // lanes * next_columns
+    for part in numba.prange(4 * shares):
+        k, share = part % 4, part // 4
+        places, at = places_P[part], places_P[part].ctypes.data
+        left, right = left_P[part].ctypes.data, right_P[part].ctypes.data
+        sign, above, below = np.float32(SIGN[k]), np.float32(ABOVE[k]), np.float32(BELOW[k])
+        first, last = share * groups // shares * tiles, (share + 1) * groups // shares * tiles
+        for begin in range(first, last, count):
+            end = min(last, begin + count)
+            for number in range(begin, end):
+                g, tile = number // tiles, number % tiles
+                i, j, offset = tile // tiles_j, tile % tiles_j, (number - begin) * tile_bytes
+                _find_input(x + g * height * width * pixel, height, width, pixel, zeros, i, j, k, places)
+                for c in range(0, channels, lanes):
+                    to = right + c // lanes * next_columns + offset
+                    winograd.input_to_columns(vector, at, sign, c, GROUP, to, right_next, channels)
+                _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
+                for o in range(0, filters, lanes):
+                    to = left + o // lanes * next_columns + offset
+                    if pool:
+                        bits = which + number * GROUP * filters // 4
+                        winograd.pooled_grad_to_columns(
+                            vector, grad + number * out_pixel, bits, above, below, o, GROUP, to, left_next, filters
+                        )
+                    else:
+                        winograd.grad_to_columns(vector, at, above, below, o, GROUP, to, left_next, filters)
+            steps = (end - begin) * GROUP * size // 4
+            for e in range(4):
+                for c in range(0, channels, 2 * lanes):
+                    columns_e = right + e * right_next + c // lanes * next_columns
+                    for o in range(0, filters, lanes // 2):
+                        rows_e = left + e * left_next + o // lanes * next_columns + o % lanes * 4
+                        to = sums_SEOC[share, 4 * k + e, o, c:].ctypes.data
+                        how = rows_e, 4, lanes * 4, columns_e, next_columns, lanes * 4, steps, to, channels * 4
+                        if begin == first:
+                            multiply(vector, *how)
+                        else:
+                            multiply_more(vector, *how)

@@ -1,0 +1,141 @@
+"""Convolutions of blocked images without AMX, with every width of vectors: `verify` sees the widest alone."""
+
+# numba changes what its decorator wraps:
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+import os
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastcifar_kernels import amx, conv_blocked, conv_winograd, vectors, verify
+from fastcifar_kernels.conv_blocked import conv_blocked_reference
+
+WAYS = {"float32, 8": (torch.float32, 8), "float32, 16": (torch.float32, 16), "bfloat16, 16": (torch.bfloat16, 16)}
+
+
+@pytest.fixture(params=WAYS)
+def dtype(request, monkeypatch) -> torch.dtype:
+    """With vectors of one width in one type, and without AMX."""
+    dtype, lanes = WAYS[request.param]
+    if vectors.LANES.get(dtype, 0) < lanes:
+        pytest.skip("no such vectors here")
+    monkeypatch.setitem(vectors.LANES, dtype, lanes)
+    monkeypatch.setattr(amx, "_AVAILABLE", False)
+    return dtype
+
+
+def normal(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def results(function, x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool, grad: Tensor) -> list[Tensor]:
+    leaves = [x_GHWMC.detach().requires_grad_(), w_OCHW.detach().requires_grad_()]
+    out = function(*leaves, pool)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("shape", verify.SMALL)
+def test_agrees_with_float64(shape, dtype):
+    for case in verify.cases(shape, "cpu"):
+        if case.op in verify.OF_BLOCKS:
+            row = verify.judge(case, dtype)
+            assert row.passed, row
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.integers(1, 3),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    channels=st.integers(1, 2),
+    filters=st.integers(1, 3),
+    kept_bytes=st.sampled_from([1, 2**16, 2**18]),
+)
+def test_any_shape_however_much_is_done_at_a_time(groups, height, width, channels, filters, kept_bytes):
+    if torch.float32 not in vectors.LANES:
+        pytest.skip("no AVX2 here")
+    x_GHWMC, w_OCHW = (
+        normal(groups, height, width, 32, 32 * channels),
+        normal(32 * filters, 32 * channels, 3, 3, seed=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_winograd, "INPUT_BYTES", kept_bytes)
+        patch.setattr(conv_winograd, "GRAD_BYTES", kept_bytes)
+        for pool in (False, True) if min(height, width) > 1 else (False,):
+            grad = normal(*conv_blocked(x_GHWMC, w_OCHW, pool).shape, seed=2)
+            found = results(conv_blocked, x_GHWMC, w_OCHW, pool, grad)
+            expected = results(conv_blocked_reference, x_GHWMC.double(), w_OCHW.double(), pool, grad)
+            for one, other in zip(found, expected, strict=True):
+                assert (one - other).norm() <= 2e-5 * other.norm()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 5])
+def test_threads_share_the_gradient_of_the_filters(threads, dtype, monkeypatch):
+    """By rows of what is transformed if that comes out even, else by groups as well."""
+    monkeypatch.setattr(numba, "get_num_threads", lambda: threads)
+    x_GHWMC, w_OCHW = normal(4, 4, 5, 32, 64, dtype=dtype), normal(32, 64, 3, 3, seed=1) / 24
+    grad = normal(4, 2, 2, 32, 32, seed=2, dtype=dtype)
+    found = results(conv_blocked, x_GHWMC, w_OCHW, True, grad)
+    monkeypatch.undo()
+    expected = results(conv_blocked, x_GHWMC, w_OCHW, True, grad)
+    allowed = 0.02 if dtype == torch.bfloat16 else 1e-5  # after undoing, perhaps with AMX
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).float().norm() <= allowed * other.float().norm()
+
+
+def test_the_largest_of_four_equal_pixels_is_the_first(dtype):
+    x_GHWMC = torch.ones(1, 2, 2, 32, 32, dtype=dtype)
+    w_OCHW = torch.zeros(32, 32, 3, 3)
+    w_OCHW[:, :, 1, 1] = 0.25
+    grad = torch.ones(1, 1, 1, 32, 32, dtype=dtype)
+    out, grad_x, _ = results(conv_blocked, x_GHWMC, w_OCHW, True, grad)
+    assert (out == 8).all()
+    assert (grad_x[:, 0, 0] == 8).all()
+    assert grad_x.count_nonzero() == grad_x[:, 0, 0].numel()
+
+
+@numba.njit
+def product(vector, more, a, a_row, a_step, b, b_next, b_step, steps, c, c_row):
+    if more:
+        vectors.multiply_more(vector, a, a_row, a_step, b, b_next, b_step, steps, c, c_row)
+    else:
+        vectors.multiply(vector, a, a_row, a_step, b, b_next, b_step, steps, c, c_row)
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_block_of_a_product_of_matrices(steps, more, dtype):
+    """Of whole numbers, so exactly; rows and columns of `a` may lie either way."""
+    vector, pairs, lanes = vectors.vector_of(dtype), 4 // dtype.itemsize, vectors.LANES[dtype]
+    rng = np.random.default_rng(steps)
+
+    def whole(*size: int) -> Tensor:
+        return torch.from_numpy(rng.integers(-8, 9, size)).to(dtype)
+
+    rows = lanes // 2
+    a, b = whole(rows, steps, pairs), whole(2, steps, lanes, pairs)
+    expected = torch.einsum("rsp,hslp->rhl", a.float(), b.float()).reshape(rows, 2 * lanes)
+    for lying, distances in ((a, (4 * steps, 4)), (a.transpose(0, 1).contiguous(), (4, 4 * rows))):
+        c = torch.full((rows, 2 * lanes + 3), 5.0)
+        size = b.data_ptr(), 4 * lanes * steps, 4 * lanes, steps, c.data_ptr(), 4 * c.size(1)
+        product(vector, more, lying.data_ptr(), *distances, *size)
+        assert torch.equal(c[:, : 2 * lanes], expected + 5 * more)
+        assert (c[:, 2 * lanes :] == 5).all()
+
+
+@pytest.mark.parametrize(("isa", "lanes"), [("AVX2", [8]), ("avx512_core", [16]), ("SSE41", [])])
+def test_what_keeps_onednn_from_vectors_keeps_us(isa, lanes):
+    if not {16, *lanes} <= {*vectors.LANES.values(), 8}:
+        pytest.skip("no such vectors here")
+    command = "from fastcifar_kernels import vectors; print([*vectors.LANES.values()])"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{lanes}\n"
