@@ -564,8 +564,7 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
         mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
         mock.patch.object(banded, "BAND_BYTES", 1),  # two rows at a time
-        mock.patch.object(tiled, "INPUT_BYTES", 1),  # one tile at a time
-        mock.patch.object(tiled, "GRAD_BYTES", 1),
+        mock.patch.object(tiled, "BAND_BYTES", 1),  # one tile at a time
     ):
         yield
 

@@ -57,9 +57,9 @@ def test_agrees_with_float64(shape, dtype):
     width=st.integers(1, 7),
     channels=st.integers(1, 2),
     filters=st.integers(1, 3),
-    kept_bytes=st.sampled_from([1, 2**16, 2**18]),
+    band_bytes=st.sampled_from([1, 2**16, 2**18]),
 )
-def test_any_shape_however_much_is_done_at_a_time(groups, height, width, channels, filters, kept_bytes):
+def test_any_shape_however_much_is_done_at_a_time(groups, height, width, channels, filters, band_bytes):
     if torch.float32 not in vectors.LANES:
         pytest.skip("no AVX2 here")
     x_GHWMC, w_OCHW = (
@@ -67,8 +67,7 @@ def test_any_shape_however_much_is_done_at_a_time(groups, height, width, channel
         normal(32 * filters, 32 * channels, 3, 3, seed=1),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_winograd, "INPUT_BYTES", kept_bytes)
-        patch.setattr(conv_winograd, "GRAD_BYTES", kept_bytes)
+        patch.setattr(conv_winograd, "BAND_BYTES", band_bytes)
         for pool in (False, True) if min(height, width) > 1 else (False,):
             grad = normal(*conv_blocked(x_GHWMC, w_OCHW, pool).shape, seed=2)
             found = results(conv_blocked, x_GHWMC, w_OCHW, pool, grad)
