@@ -28,8 +28,8 @@ from fastcifar_kernels.vectors import LANES, multiply, multiply_more, vector_of
 from fastcifar_kernels.winograd import ABOVE, BELOW, FIRST, SECOND, SIGN
 
 # Of transformed input and gradient, of a row of E, that the gradient of the filters sums over at a time: the more, the
-# less often its sums are loaded and stored. 0.5 to 4 MB make no difference, with 1 MB of L2 cache a core.
-BAND_BYTES = 2**20
+# less often its sums are loaded and stored. 0.25 to 2 MB make no difference, with 1 MB of L2 cache a core.
+BAND_BYTES = 2**19
 
 
 def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
@@ -64,14 +64,16 @@ def backward(
         unpooled = torch.empty((parts_of(groups), rows * columns * GROUP * filters if pool else 0), dtype=dtype)
         buffers = *_buffers(groups, filters, channels, dtype), as_array(unpooled)
         _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
-    # Threads share the rows of transformed tiles, and the groups only where that does not come out even.
-    shares = 1 if 4 % numba.get_num_threads() == 0 else parts_of(groups)
+    # Threads share the rows of E, if that comes out even, or else the groups: then each has sums of its own.
+    threads = numba.get_num_threads()
+    sharing_rows = 4 % threads == 0
+    parts = threads if sharing_rows else parts_of(groups)
     count = max(1, BAND_BYTES // (4 * GROUP * (channels + filters) * dtype.itemsize))
-    sides = [torch.empty((4 * shares, 4 * count * GROUP * length), dtype=dtype) for length in (filters, channels)]
+    sides = [torch.empty((parts, 4 * count * GROUP * length), dtype=dtype) for length in (filters, channels)]
     zeros = torch.zeros(GROUP * max(channels, filters), dtype=dtype)
-    sums_SEOC = torch.empty((shares, 16, filters, channels))
+    sums_SEOC = torch.empty((1 if sharing_rows else parts, 16, filters, channels))
     shape = groups, height, width, channels, *given, rows, columns, filters, pool
-    buffers = as_array(sums_SEOC), count, *map(as_array, sides), np.empty((4 * shares, 8), np.int64)
+    buffers = as_array(sums_SEOC), count, *map(as_array, sides), np.empty((parts, 8), np.int64)
     _to_filters(*how, x_GHWMC.data_ptr(), *shape, *buffers, zeros.data_ptr())
     grad_w_OHWC = torch.empty((filters, 3, 3, channels), dtype=w_OCHW.dtype)
     _unpack_sums(as_array(sums_SEOC), as_array(grad_w_OHWC))
@@ -258,48 +260,76 @@ def _to_filters(
     vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool,
     sums_SEOC, count, left_P, right_P, places_P, zeros,
 ):  # fmt: skip  # pragma: no cover
-    """The transformed gradient of the filters. A part has a row of E and a share of the groups."""
-    lanes, shares = len(vector), len(sums_SEOC)
-    tiles_j = (columns + 1) // 2
-    tiles = (rows + 1) // 2 * tiles_j
-    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
-    tile_bytes = GROUP * lanes * size  # of one vector of columns
-    next_columns = count * tile_bytes
-    left_next, right_next = filters // lanes * next_columns, channels // lanes * next_columns
-    for part in numba.prange(4 * shares):
-        k, share = part % 4, part // 4
-        places, at = places_P[part], places_P[part].ctypes.data
-        left, right = left_P[part].ctypes.data, right_P[part].ctypes.data
-        sign, above, below = np.float32(SIGN[k]), np.float32(ABOVE[k]), np.float32(BELOW[k])
+    """The transformed gradient of the filters, `count` tiles at a time.
+
+    Parts share either the groups or the rows of E. Those go through the same images at the same time: one fetches them
+    into the cache that all cores have in common.
+    """
+    parts, shares = len(places_P), len(sums_SEOC)
+    rows_of_a_part = 4 * shares // parts
+    tiles = (rows + 1) // 2 * ((columns + 1) // 2)
+    for part in numba.prange(parts):
+        share = part * shares // parts
+        left, right, places = left_P[part].ctypes.data, right_P[part].ctypes.data, places_P[part]
         first, last = share * groups // shares * tiles, (share + 1) * groups // shares * tiles
         for begin in range(first, last, count):
             end = min(last, begin + count)
-            for number in range(begin, end):
-                g, tile = number // tiles, number % tiles
-                i, j, offset = tile // tiles_j, tile % tiles_j, (number - begin) * tile_bytes
-                _find_input(x + g * height * width * pixel, height, width, pixel, zeros, i, j, k, places)
-                for c in range(0, channels, lanes):
-                    to = right + c // lanes * next_columns + offset
-                    winograd.input_to_columns(vector, at, sign, c, GROUP, to, right_next, channels)
-                _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
-                for o in range(0, filters, lanes):
-                    to = left + o // lanes * next_columns + offset
-                    if pool:
-                        bits = which + number * GROUP * filters // 4
-                        winograd.pooled_grad_to_columns(
-                            vector, grad + number * out_pixel, bits, above, below, o, GROUP, to, left_next, filters
-                        )
-                    else:
-                        winograd.grad_to_columns(vector, at, above, below, o, GROUP, to, left_next, filters)
-            steps = (end - begin) * GROUP * size // 4
-            for e in range(4):
-                for c in range(0, channels, 2 * lanes):
-                    columns_e = right + e * right_next + c // lanes * next_columns
-                    for o in range(0, filters, lanes // 2):
-                        rows_e = left + e * left_next + o // lanes * next_columns + o % lanes * 4
-                        to = sums_SEOC[share, 4 * k + e, o, c:].ctypes.data
-                        how = rows_e, 4, lanes * 4, columns_e, next_columns, lanes * 4, steps, to, channels * 4
-                        if begin == first:
-                            multiply(vector, *how)
-                        else:
-                            multiply_more(vector, *how)
+            for row in range(rows_of_a_part):
+                k = (part * rows_of_a_part + row) % 4
+                _pack_band(
+                    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool,
+                    k, begin, end, count, left, right, places, zeros,
+                )  # fmt: skip
+                sums = sums_SEOC[share, 4 * k].ctypes.data
+                _add_band(vector, size, channels, filters, end - begin, count, left, right, sums, begin > first)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_band(
+    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool,
+    k, begin, end, count, left, right, places, zeros,
+):  # fmt: skip  # pragma: no cover
+    """Row k of transformed tiles from number `begin` on: gradients as four left matrices, the input as right ones."""
+    lanes, at = len(vector), places.ctypes.data
+    sign, above, below = np.float32(SIGN[k]), np.float32(ABOVE[k]), np.float32(BELOW[k])
+    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
+    tile_bytes = GROUP * lanes * size  # of one vector of columns
+    tiles_j = (columns + 1) // 2
+    tiles = (rows + 1) // 2 * tiles_j
+    left_next, right_next = count * GROUP * filters * size, count * GROUP * channels * size
+    for number in range(begin, end):
+        g, i, j = number // tiles, number % tiles // tiles_j, number % tiles % tiles_j
+        offset = (number - begin) * tile_bytes
+        _find_input(x + g * height * width * pixel, height, width, pixel, zeros, i, j, k, places)
+        for c in range(0, channels, lanes):
+            to = right + c // lanes * count * tile_bytes + offset
+            winograd.input_to_columns(vector, at, sign, c, GROUP, to, right_next, channels)
+        _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
+        for o in range(0, filters, lanes):
+            to = left + o // lanes * count * tile_bytes + offset
+            if pool:
+                bits = which + number * GROUP * filters // 4
+                winograd.pooled_grad_to_columns(
+                    vector, grad + number * out_pixel, bits, above, below, o, GROUP, to, left_next, filters
+                )
+            else:
+                winograd.grad_to_columns(vector, at, above, below, o, GROUP, to, left_next, filters)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _add_band(vector, size, channels, filters, tiles, count, left, right, sums, more):  # pragma: no cover
+    """Four products of what `_pack_band` has left, added to `sums` if there are `more`."""
+    lanes = len(vector)
+    steps = tiles * GROUP * size // 4
+    next_columns = count * GROUP * lanes * size
+    for e in range(4):
+        for c in range(0, channels, 2 * lanes):
+            columns = right + (e * channels + c) // lanes * next_columns
+            for o in range(0, filters, lanes // 2):
+                rows = left + (e * filters + o) // lanes * next_columns + o % lanes * 4
+                to = sums + ((e * filters + o) * channels + c) * 4
+                how = rows, 4, lanes * 4, columns, next_columns, lanes * 4, steps, to, channels * 4
+                if more:
+                    multiply_more(vector, *how)
+                else:
+                    multiply(vector, *how)

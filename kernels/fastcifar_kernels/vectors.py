@@ -126,18 +126,20 @@ class Code:
         """The same of steps: four bytes, which are one number, or two whose products are added up."""
         if not self.bfloat16:
             return self.multiply_add(one, other, total)
-        pairs = ir.VectorType(Bfloat16(), 2 * self.lanes)
-        factors = (self.builder.bitcast(value, pairs) for value in (one, other))
+        factors = (self.builder.bitcast(value, _pairs(self.lanes)) for value in (one, other))
         return self._call("llvm.x86.avx512bf16.dpbf16ps.512", total, *factors)
 
-    def _call(self, name: str, *values):
-        kind = ir.FunctionType(self.wide, [value.type for value in values])
+    def _call(self, name: str, *values, result=None):
+        kind = ir.FunctionType(result or self.wide, [value.type for value in values])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), values)
 
-    def interleaved(self, even, odd):
-        """Two vectors of 16 bits as one of pairs."""
+    def narrowed_pairs(self, first, second):
+        """Two vectors as one of pairs of bfloat16."""
+        kind = ir.VectorType(I16, 2 * self.lanes)
+        both = self._call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", second, first, result=_pairs(self.lanes))
         order = [lane + side * self.lanes for lane in range(self.lanes) for side in (0, 1)]
-        return self.builder.shuffle_vector(even, odd, ir.Constant(ir.VectorType(I32, len(order)), order))
+        both = self.builder.bitcast(both, kind)
+        return self.builder.shuffle_vector(both, both, ir.Constant(ir.VectorType(I32, len(order)), order))
 
     def variable(self, value):
         """Where a value stands that a loop changes: a register, once LLVM has seen it."""
@@ -150,6 +152,10 @@ class Code:
         """Loop so many times; gives the number of the turn."""
         with cgutils.for_range(self.builder, count, intp=I64) as loop:
             yield loop.index
+
+
+def _pairs(lanes: int) -> ir.VectorType:
+    return ir.VectorType(Bfloat16(), 2 * lanes)
 
 
 def function(write: Callable[..., None]) -> Any:

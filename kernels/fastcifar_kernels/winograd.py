@@ -62,10 +62,15 @@ def grad_to_columns(code, pixels, above, below, channel, images, out, out_next, 
 def pooled_grad_to_columns(code, grad, which, above, below, channel, images, out, out_next, channels):
     """The same where only the largest of 2 x 2 pixels has a gradient: see `tiles_to_largest`."""
 
+    select, zeros = code.builder.select, code.zeros(code.wide)
+
     def row(image):
         first = code.at(code.times(image, channels), channel)
-        value = code.load(code.at(grad, code.times(first, code.size)))
-        return _grad_row(code, _scattered(code, value, which, first), above, below)
+        lower, right = _read_bits(code, which, first)
+        factor = select(lower, code.splat(below), code.splat(above))
+        value = code.builder.fmul(factor, code.load(code.at(grad, code.times(first, code.size))))
+        minus = code.builder.fneg(value)
+        return [select(right, zeros, value), value, select(right, minus, value), select(right, minus, zeros)]
 
     _write_columns(code, row, images, out, out_next)
 
@@ -112,7 +117,7 @@ def tiles_to_largest(code, tiles, tiles_next, images, out, which, channel, chann
             right = builder.select(lower, below_right, above_right)
             largest = builder.select(lower, below, above)
             code.write(code.narrowed(largest), code.at(out, code.times(first, code.size)))
-            for place, bits in zip(_bits(code, which, first), (lower, right), strict=True):
+            for place, bits in zip(_places_of_bits(code, which, first), (lower, right), strict=True):
                 code.write(builder.bitcast(bits, ir.IntType(code.lanes)), place)
 
 
@@ -134,8 +139,7 @@ def _write_columns(code: Code, row, images, out, out_next) -> None:
     with code.repeat(code.builder.udiv(images, ir.Constant(I64, together))) as step:
         found = [row(code.at(code.times(step, together), image)) for image in range(together)]
         for number, values in enumerate(zip(*found, strict=True)):
-            narrowed = [code.narrowed(value) for value in values]
-            value = code.interleaved(*narrowed) if code.bfloat16 else narrowed[0]
+            value = code.narrowed_pairs(*values) if code.bfloat16 else values[0]
             code.write(value, code.at(out, code.times(step, 4 * code.lanes), code.times(out_next, number)))
 
 
@@ -147,18 +151,22 @@ def _output(code: Code, tiles, tiles_next, image, half: int) -> list:
     return [pixel for a, b, c, d in (above, below) for pixel in (code.add(a, b, c), code.subtract(b, c, d))]
 
 
-def _bits(code: Code, which, first):
-    """Where the bits of a vector of channels stand, `first` being the number of the first of all."""
+def _places_of_bits(code: Code, which, first):
+    """Where the bits of a vector stand, whose first number is this one."""
     words = code.times(code.builder.udiv(first, ir.Constant(I64, 32)), 8)
     byte = code.builder.udiv(code.builder.urem(first, ir.Constant(I64, 32)), ir.Constant(I64, 8))
     return code.at(which, words, byte), code.at(which, words, byte, 4)
 
 
+def _read_bits(code: Code, which, first) -> list:
+    kind, mask = ir.IntType(code.lanes), ir.VectorType(ir.IntType(1), code.lanes)
+    return [code.builder.bitcast(code.read(place, kind), mask) for place in _places_of_bits(code, which, first)]
+
+
 def _scattered(code: Code, value, which, first) -> list:
     """2 x 2 vectors: `value` where the bits say so, 0 in the other three."""
     builder, zeros = code.builder, code.zeros(value.type)
-    kind, mask = ir.IntType(code.lanes), ir.VectorType(ir.IntType(1), code.lanes)
-    lower, right = (builder.bitcast(code.read(place, kind), mask) for place in _bits(code, which, first))
+    lower, right = _read_bits(code, which, first)
     halves = builder.select(lower, zeros, value), builder.select(lower, value, zeros)
     return [
         part for half in halves for part in (builder.select(right, zeros, half), builder.select(right, half, zeros))
