@@ -1,9 +1,9 @@
-"""`speed` on the matrix unit beside PyTorch's own operators: each convolution with its pooling, and the whole step.
+"""`speed` on a CPU beside PyTorch's own operators: each convolution with its pooling, and the whole step.
 
-    python bench/blocked.py [--out FILE]
+    python bench/blocked.py [--dtype float32] [--out FILE]
 
-1,024 images in bfloat16. The two run in turn after their results were compared; milliseconds are medians of ROUNDS.
-Needs a CPU with AMX. With --out, one JSON line for each row.
+1,024 images. The two run in turn after their results were compared; milliseconds are medians of ROUNDS. The
+instructions are the best that the processor has, or that $ONEDNN_MAX_CPU_ISA allows. With --out, one JSON line a row.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcifar.benchmarks.loaders import versions
+from fastcifar.doctor import cpu_capability
 from fastcifar.models.build import build_model
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers
@@ -26,7 +27,9 @@ from fastcifar.process import physical_cores, processor, set_threads, tune_alloc
 from fastcifar.recipes import find_recipe
 from fastcifar.run import source_commit
 from fastcifar.settings import SpeedNetModel
-from fastcifar_kernels import amx, conv_blocked
+from fastcifar_kernels import conv_blocked
+from fastcifar_kernels.conv_blocked import blocks_run
+from fastcifar_kernels.layout import GROUP
 
 IMAGES, ROUNDS = 1024, 9
 SIZES = 20, 24, 32
@@ -42,34 +45,37 @@ CONVOLUTIONS = (  # channels in, filters, how often the map has been halved, poo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
-    if not amx.available():
-        parser.exit(1, "blocked.py: this CPU has no AMX.\n")
+    how = parser.parse_args()
+    dtype, out = getattr(torch, how.dtype), how.out
+    if not blocks_run(torch.empty(0, dtype=dtype)):
+        parser.exit(1, f"blocked.py: no convolutions of ours in {how.dtype} on this CPU (fastcifar doctor).\n")
     tune_allocator()
     set_threads()
     rows = []
     for image_px in SIZES:
         for c, o, halved, pool in CONVOLUTIONS:
             rows.append(
-                {"what": "convolution", "image_px": image_px} | convolution(c, o, (image_px - 1) >> halved, pool)
+                {"what": "convolution", "image_px": image_px} | convolution(c, o, (image_px - 1) >> halved, pool, dtype)
             )
             print(json.dumps(rows[-1]), flush=True)
         for bias_learns in (True, False):
             rows.append(
-                {"what": "step", "image_px": image_px, "bias_learns": bias_learns} | step(image_px, bias_learns)
+                {"what": "step", "image_px": image_px, "bias_learns": bias_learns} | step(image_px, bias_learns, dtype)
             )
             print(json.dumps(rows[-1]), flush=True)
-    about = {"machine": f"{processor()}, {physical_cores()} cores", "versions": versions(), "commit": source_commit()}
+    about = {"dtype": how.dtype, "instructions": cpu_capability()}
+    about |= {"machine": f"{processor()}, {physical_cores()} cores", "versions": versions(), "commit": source_commit()}
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("".join(json.dumps(row | about) + "\n" for row in rows))
 
 
-def convolution(c: int, o: int, px: int, pool: bool) -> dict:
+def convolution(c: int, o: int, px: int, pool: bool, dtype: torch.dtype) -> dict:
     torch.manual_seed(0)
-    x_GHWMC = torch.randn(IMAGES // amx.GROUP, px, px, amx.GROUP, c).bfloat16()
-    w_OCHW = torch.randn(o, c, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last) / (9 * c) ** 0.5
+    x_GHWMC = torch.randn(IMAGES // GROUP, px, px, GROUP, c).to(dtype)
+    w_OCHW = torch.randn(o, c, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last) / (9 * c) ** 0.5
     x_NCHW = plain(x_GHWMC)
 
     def torch_conv(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ def convolution(c: int, o: int, px: int, pool: bool) -> dict:
         return F.max_pool2d(y_NCHW, 2) if pool else y_NCHW
 
     y_GHWMO = conv_blocked(x_GHWMC, w_OCHW, pool)
-    grad_GHWMO = torch.randn(y_GHWMO.shape).bfloat16()
+    grad_GHWMO = torch.randn(y_GHWMO.shape).to(dtype)
     assert close(plain(y_GHWMO), torch_conv(x_NCHW, w_OCHW)), "they differ"
 
     def both(way: Callable, x: Tensor, grad: Tensor) -> Callable[[], tuple[float, float]]:
@@ -100,11 +106,11 @@ def convolution(c: int, o: int, px: int, pool: bool) -> dict:
     return {"channels_in": c, "filters": o, "px": px, "pool": pool} | milliseconds
 
 
-def step(image_px: int, bias_learns: bool) -> dict:
+def step(image_px: int, bias_learns: bool, dtype: torch.dtype) -> dict:
     """A training step of recipe `speed`: forward, backward, optimizers."""
     torch.manual_seed(0)
     recipe = find_recipe("speed")
-    x_NCHW = torch.randn(IMAGES, 3, image_px, image_px).bfloat16().contiguous(memory_format=torch.channels_last)
+    x_NCHW = torch.randn(IMAGES, 3, image_px, image_px).to(dtype).contiguous(memory_format=torch.channels_last)
     y_N = torch.randint(0, 10, (IMAGES,))
 
     def stepper(own_kernels: bool) -> Callable[[], tuple[float]]:
@@ -117,7 +123,7 @@ def step(image_px: int, bias_learns: bool) -> dict:
 
         def run() -> tuple[float]:
             began_s = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logits_NK = model(x_NCHW)
             F.cross_entropy(logits_NK.float(), y_N, reduction="sum").backward()
             for optimizer in optimizers:

@@ -19,6 +19,7 @@ from fastcifar.report import processor
 from fastcifar.result import installed
 from fastcifar.run import source_commit
 from fastcifar.settings import Augment
+from fastcifar_kernels import amx, vectors
 
 PACKAGES = ("torch", "torchvision", "triton", "numba", "numpy", "matplotlib", "jsonargparse", "safetensors")
 
@@ -43,9 +44,12 @@ def examine() -> list[tuple[str, str]]:
 
 
 def cpu_capability() -> str:
-    """What torch's own kernels use, and whether the matrix units that bfloat16 lives on are there."""
-    with_amx = torch.cpu._is_amx_tile_supported()
-    return f"{torch.backends.cpu.get_cpu_capability()}, {'with' if with_amx else 'without'} AMX for bfloat16"
+    """What torch's own kernels use, whether there is a matrix unit, and what our convolutions compute in."""
+    types = [f"{str(dtype)[6:]} in vectors of {lanes}" for dtype, lanes in vectors.LANES.items()]
+    if amx.available():
+        types[-1] = "bfloat16 with AMX"
+    torchs = f"{torch.backends.cpu.get_cpu_capability()}, {'with' if amx.available() else 'without'} AMX"
+    return f"{torchs}; convolutions of ours: {' and '.join(types) or 'none, torch takes them all'}"
 
 
 def describe_allocator() -> str:

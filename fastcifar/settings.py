@@ -20,8 +20,8 @@ class SpeedNetModel:
         widths: channels of its three groups.
         depth: convolutions of each; the third, for trainings of many epochs, comes with a residual.
         whiten_eps: added to the eigenvalues of the patch covariance before their inverse root.
-        own_kernels: this project's operators where they are faster than PyTorch's: on a CPU with AMX, in bfloat16, for
-            widths and a batch size that are multiples of 32.
+        own_kernels: this project's operators where they are faster than PyTorch's: on an x86 CPU with AVX2, for widths
+            and a batch size that are multiples of 32.
         fused_gelu: on a GPU, this project's kernel for BatchNorm and GELU instead of what torch.compile makes of
             PyTorch's. Off, as nobody has measured yet which is faster.
     """

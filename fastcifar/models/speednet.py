@@ -128,7 +128,7 @@ class SpeedNet(nn.Module):
         return self.head(x_NC) / x_NC.size(1)
 
     def blocks_pay(self, x_NCHW: Tensor) -> bool:
-        """Whether these images go through the operators for AMX, 2-3 times as fast as oneDNN's (LOG.md)."""
+        """Whether these images go through the operators for blocked ones, twice as fast as oneDNN's (LOG.md)."""
         # What fills the last group up is no image: BatchNorm must not see it.
         whole = len(x_NCHW) % GROUP == 0 or not self.training
         return self.may_block and whole and blocks_run(x_NCHW)

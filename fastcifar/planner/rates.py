@@ -19,7 +19,7 @@ from fastcifar.models.build import build_model
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.resize import resize
 from fastcifar.settings import Recipe
-from fastcifar_kernels import amx
+from fastcifar_kernels import vectors
 
 FEW = 32  # images of the first steps, which compile and find memory
 PATIENCE = 0.002  # share of a budget that a measured step should take at most
@@ -98,7 +98,7 @@ def measure_rates(recipe: Recipe, classes: int, device: torch.device, budget_s: 
 
 def fastest_dtype(recipe: Recipe, classes: int, device: torch.device) -> str:
     """ "bfloat16" or, where that is slower, as on a CPU without instructions for it, "float32"."""
-    if device.type != "cpu" or amx.available():
+    if device.type != "cpu" or torch.bfloat16 in vectors.LANES:
         return "bfloat16"
     model = build_model(recipe, classes, seed=0).eval()
     x_BCHW = torch.randn(FEW, 3, 20, 20).contiguous(memory_format=torch.channels_last)

@@ -13,15 +13,16 @@ and, for plain convnets,
     bn_relu_pool             BatchNorm, leaky ReLU, dropout and max pooling of one feature map, in one pass on a CPU
     conv_matmul              a 3x3 convolution as matrix products, for many filters on small maps on a CPU
 
-and, on the matrix unit of recent Xeons (AMX), in bfloat16, for images that lie in groups of 32,
+and, on x86 processors, for images that lie in groups of 32,
 
-    conv_blocked             a 3x3 convolution, with 2x2 max pooling before anything is written
+    conv_blocked             a 3x3 convolution, with 2x2 max pooling before anything is written: on the matrix unit of
+                             recent Xeons (AMX), or in vectors with Winograd's fewer multiplications
     patches_gelu             a frozen 2x2 convolution of colour images with GELU: where the groups come from
 
 All but batch_statistics and crop_flip are differentiable, and all work under torch.compile(fullgraph=True) and autocast
 and give the same bits every time. CUDA tensors take the Triton kernels; CPU tensors take parallel numba loops, but for
 crop_flip, which is plain torch there, or, under TRITON_INTERPRET=1, the Triton kernels in Triton's interpreter. The
-last four have no Triton kernel: beyond the CPU, the last two beyond AMX, they are plain torch.
+last four have no Triton kernel: beyond the CPU, the last two beyond x86, they are plain torch.
 `python -m fastcifar_kernels.verify` compares them all with float64.
 
 Names carry shapes: N samples, K experts (the k parallel maps), C channels of each, H rows, W columns, P = H * W pixels;

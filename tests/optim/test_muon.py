@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastcifar.optim.muon import QUINTIC, Muon, orthogonalize, orthogonalize_all
+from fastcifar_kernels import vectors
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (8, 1)])
@@ -27,6 +28,17 @@ def test_iteration_is_the_quintic_on_singular_values():
         s = a * s + b * s**3 + c * s**5
     expected = u @ torch.diag(s) @ vh
     assert (orthogonalize(g_OD, 3).double() - expected).norm() / expected.norm() < 0.02
+
+
+def test_what_a_processor_does_not_multiply_is_not_imitated(monkeypatch):
+    """A step of `speed` took 1.4 s in Muon alone where bfloat16 was imitated, and 0.04 s in float32."""
+    g_OD = torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
+    monkeypatch.delitem(vectors.LANES, torch.bfloat16, raising=False)
+    exact = orthogonalize(g_OD, 3)
+    monkeypatch.setitem(vectors.LANES, torch.bfloat16, 16)
+    rounded = orthogonalize(g_OD, 3)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.01)
 
 
 def test_each_expert_of_a_stack_learns_as_if_alone():
