@@ -64,7 +64,7 @@ def patches_gelu(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor) -> Tensor:
     return _patches_gelu(x_NCHW, w_OCHW, bias_O)
 
 
-# numba: with AMX `vector` is None, without it `tiles` is. To numba that is a type: it compiles one branch of the two.
+# numba: without AMX `tiles` is None. To numba that is a type, and what needs tiles is not even compiled then.
 
 
 @numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
@@ -159,8 +159,8 @@ def _buffers(x_NCHW: Tensor, groups: int) -> list:
     """For every part rows of patches, 64 bytes that begin as 0, and a block; then what vectors are, and tiles."""
     parts, dtype = parts_of(groups), x_NCHW.dtype
     rows = torch.zeros((parts, GROUP, 64 // dtype.itemsize), dtype=dtype)
-    how = [None, amx.WHOLE_TILES] if amx.runs(x_NCHW) else [vectors.vector_of(dtype), None]
-    return [as_array(rows), as_array(torch.empty((parts, GROUP, CHANNELS))), *how]
+    tiles = amx.WHOLE_TILES if amx.runs(x_NCHW) else None
+    return [as_array(rows), as_array(torch.empty((parts, GROUP, CHANNELS))), vectors.vector_of(dtype), tiles]
 
 
 @torch.library.custom_op("fastcifar_kernels::patches_gelu", mutates_args=())

@@ -4,9 +4,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 import os
+import platform
 import subprocess
 import sys
 
+import llvmlite.binding
 import numba
 import numpy as np
 import pytest
@@ -42,6 +44,39 @@ def test_only_bfloat16_on_a_cpu_runs():
     assert amx.runs(torch.zeros(1, dtype=torch.bfloat16)) == amx.available()
     assert not amx.runs(torch.zeros(1))
     assert not amx.runs(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+
+
+COMPILE = """
+import sys
+import llvmlite.binding
+from numba import types
+from fastcifar_kernels import conv_amx
+
+llvmlite.binding.initialize_native_asmparser()
+patches = sys.modules["fastcifar_kernels.patches_gelu"]
+of = lambda kind, dims: types.Array(kind, dims, "C")
+named = {"pool": types.boolean, "turned": types.boolean, "tiles": of(types.uint8, 1), "x_NHWC": of(types.uint16, 4)}
+named |= {"bias_O": of(types.float32, 1), "vector": types.UniTuple(types.uint16, 16)}
+named |= {"out_GHWMO": of(types.uint16, 5), "grad_GHWMO": of(types.uint16, 5), "sums_GO": of(types.float32, 2)}
+named |= {"rows_PMD": of(types.uint16, 3), "blocks_PMO": of(types.float32, 3)}
+for loop in (conv_amx._forward, conv_amx._to_input, conv_amx._to_filters, patches._forward, patches._to_bias):
+    names = loop.py_func.__code__.co_varnames[: loop.py_func.__code__.co_argcount]
+    loop.compile(tuple(named.get(name, types.int64) for name in names))
+    print("tdpbf16ps" in "".join(loop.inspect_asm().values()))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86 processor")
+def test_loops_compile_for_a_processor_with_amx_on_any_other(tmp_path):
+    """What most machines, these tests' among them, never run."""
+    host = llvmlite.binding.get_host_cpu_features()
+    features = [("+" if on else "-") + name for name, on in host.items() if not name.startswith(("amx", "avx512"))]
+    features += ["+avx512f", "+avx512bw", "+avx512dq", "+avx512vl", "+avx512bf16", "+amx-tile", "+amx-bf16"]
+    target = {"NUMBA_CPU_NAME": "sapphirerapids", "NUMBA_CPU_FEATURES": ",".join(features)}
+    environment = {**os.environ, **target, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * 5
 
 
 @numba.njit
