@@ -156,7 +156,8 @@ def draw(runs: list[dict]) -> bytes:
         axes.plot(*zip(*sorted(at[way] for way in at if "--budget" in way.flags), strict=True), color=line.get_color())
         for way, some in ways:
             axes.plot([run["wall_s"] for run in some], [wrong([run]) for run in some], ".", color="black", markersize=2)
-            axes.annotate(way.name, at[way], (6, 4), textcoords="offset points", fontsize=8)
+            beside = (6, 4) if "--budget" in way.flags else (6, -10)  # so that neighbours stay legible
+            axes.annotate(way.name, at[way], beside, textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="wall-clock", ylabel="wrong answers to the test images, %")
     axes.set_title(f"CIFAR-10 on {runs[0]['machine']}")
     seconds, percents = (30, 60, 120, 300, 600, 1200, 2400), (4, 5, 6, 7, 8, 10, 15, 20, 30, 40)

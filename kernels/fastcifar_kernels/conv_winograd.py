@@ -6,8 +6,9 @@ products of matrices: [images of some tiles, C] by [C, O]. The gradient of the i
 filters. That of the filters sums over images and tiles: [O, images] by [images, C]. From Lavin and Gray, Fast
 Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
 
-What is between input and output stays in a core's cache, some tiles at a time. As the images of a group lie side by
-side at every pixel, transforming them is adding and subtracting rows of 32 C numbers.
+What is between input and output stays in a core's cache: it is done a tile at a time, or some for the gradient of the
+filters. As the images of a group lie side by side at every pixel, transforming them is adding and subtracting rows of
+32 C numbers.
 
 Shapes as in `conv_blocked`; a tile is 2 x 2 pixels of the output of a group, E = 16 numbers that it is made of, S
 shares of the groups.
@@ -262,8 +263,8 @@ def _to_filters(
 ):  # fmt: skip  # pragma: no cover
     """The transformed gradient of the filters, `count` tiles at a time.
 
-    Parts share either the groups or the rows of E. Those go through the same images at the same time: one fetches them
-    into the cache that all cores have in common.
+    Parts share the groups, or the rows of E. In that case all go through the same images at the same time, and whoever
+    comes first fetches them into the cache that the cores have in common.
     """
     parts, shares = len(places_P), len(sums_SEOC)
     rows_of_a_part = 4 * shares // parts

@@ -252,7 +252,7 @@ NUMBA = (
     ("Winograd: filters not turned", "conv_winograd.py", "w_OHWC[c, 2 - i, 2 - j, o]", "w_OHWC[c, i, j, o]", CB),
     ("Winograd: middle of a filter", "conv_winograd.py", "(a - b + c), c", "(a - b - c), c", CB),
     ("Winograd: middle of its gradient", "conv_winograd.py", "np.float32(0.5) * (b - c), d", "(b - c), d", CB),
-    ("Winograd: gradient of filters of the last tiles alone", "conv_winograd.py", "if begin == first:", "if True:", CB),
+    ("Winograd: gradient of filters of the last tiles alone", "conv_winograd.py", "begin > first)", "False)", CB),
     ("Winograd: gradient of the first group alone", "conv_winograd.py", "x + g * height * width * pixel", "x", CB),
     ("Winograd: second half of the columns", "vectors.py", "code.at(right, b_next)", "right", CB),
     ("Winograd: rows of a block", "vectors.py", "code.at(left, code.times(a_row, row))", "left", CB),
