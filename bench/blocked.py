@@ -101,7 +101,7 @@ def convolution(c: int, o: int, px: int, pool: bool, dtype: torch.dtype) -> dict
     times = in_turn(ours, both(torch_conv, x_NCHW, plain(grad_GHWMO)))
     names = ("own_forward_ms", "own_backward_ms"), ("torch_forward_ms", "torch_backward_ms")
     milliseconds = {
-        name: ms for pair, both in zip(names, times, strict=True) for name, ms in zip(pair, both, strict=True)
+        name: ms for pair, some in zip(names, times, strict=True) for name, ms in zip(pair, some, strict=True)
     }
     return {"channels_in": c, "filters": o, "px": px, "pool": pool} | milliseconds
 

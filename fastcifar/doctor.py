@@ -45,11 +45,11 @@ def examine() -> list[tuple[str, str]]:
 
 def cpu_capability() -> str:
     """What torch's own kernels use, whether there is a matrix unit, and what our convolutions compute in."""
-    types = [f"{str(dtype)[6:]} in vectors of {lanes}" for dtype, lanes in vectors.LANES.items()]
+    types = {dtype: f"{str(dtype)[6:]} in vectors of {lanes}" for dtype, lanes in vectors.LANES.items()}
     if amx.available():
-        types[-1] = "bfloat16 with AMX"
+        types[torch.bfloat16] = "bfloat16 with AMX"
     torchs = f"{torch.backends.cpu.get_cpu_capability()}, {'with' if amx.available() else 'without'} AMX"
-    return f"{torchs}; convolutions of ours: {' and '.join(types) or 'none, torch takes them all'}"
+    return f"{torchs}; convolutions of ours: {' and '.join(types.values()) or 'none, torch takes them all'}"
 
 
 def describe_allocator() -> str:

@@ -7,6 +7,7 @@ Shapes: N images, C channels, H rows, W columns; O of the resized image, I of th
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from functools import cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -15,7 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcifar_kernels.compiled_loops import forget_stale
 from fastcifar_kernels.loops import as_array, narrow, use_wide_vectors, widen
+
+forget_stale(Path(__file__).parent)
 
 TORCH = {"mode": "bilinear", "antialias": True}
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastcifar_kernels import bn_gelu, conv_blocked, patches_gelu
 from fastcifar_kernels.conv_blocked import blocks_run
-from fastcifar_kernels.layout import GROUP
+from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP
 
 WHITEN_PX = 2  # side of a whitened patch
 
@@ -110,7 +110,7 @@ class SpeedNet(nn.Module):
         self.groups = nn.Sequential(
             *[Group(i, o, depth, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
         )
-        self.may_block = own_kernels and all(width % GROUP == 0 for width in widths)
+        self.may_block = own_kernels and all(width % BLOCK_CHANNELS == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)
         with torch.no_grad():
             self.head.weight /= self.head.weight.std()
@@ -128,10 +128,15 @@ class SpeedNet(nn.Module):
         return self.head(x_NC) / x_NC.size(1)
 
     def blocks_pay(self, x_NCHW: Tensor) -> bool:
-        """Whether these images go through the operators for blocked ones, twice as fast as oneDNN's (LOG.md)."""
+        """Whether these images go through the operators for blocked ones, on 2 cores twice as fast as torch's (LOG.md).
+
+        Not images or whitening filters that get a gradient. GELU is a polynomial there, in float32 off by up to 1e-5
+        of its argument, its slope by 5e-4 (`fastcifar_kernels.bn_gelu`).
+        """
         # What fills the last group up is no image: BatchNorm must not see it.
         whole = len(x_NCHW) % GROUP == 0 or not self.training
-        return self.may_block and whole and blocks_run(x_NCHW)
+        frozen = not (x_NCHW.requires_grad or self.whiten.weight.requires_grad) or not torch.is_grad_enabled()
+        return self.may_block and whole and frozen and blocks_run(x_NCHW)
 
     @torch.no_grad()
     def fit_whitening(self, x_NCHW: Tensor, eps: float) -> None:

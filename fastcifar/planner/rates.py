@@ -100,6 +100,8 @@ def fastest_dtype(recipe: Recipe, classes: int, device: torch.device) -> str:
     """ "bfloat16" or, where that is slower, as on a CPU without instructions for it, "float32"."""
     if device.type != "cpu" or torch.bfloat16 in vectors.LANES:
         return "bfloat16"
+    if torch.float32 in vectors.LANES:  # loops of ours, and nothing that multiplies bfloat16
+        return "float32"
     model = build_model(recipe, classes, seed=0).eval()
     x_BCHW = torch.randn(FEW, 3, 20, 20).contiguous(memory_format=torch.channels_last)
     images = {name: x_BCHW.to(getattr(torch, name)) for name in ("bfloat16", "float32")}

@@ -22,19 +22,21 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastcifar_kernels.layout import GROUP
+from fastcifar_kernels.loops import FEATURES
 
 SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux, asm/prctl.h
-# What keeps oneDNN from AMX keeps us from it, too.
-ISA_WITH_AMX = ("", "ALL", "DEFAULT", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16")
 
 
 def _ask() -> bool:
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return False
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() not in ISA_WITH_AMX:
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if not ("AMX" in isa or isa in ("", "ALL", "DEFAULT")):  # what keeps oneDNN from AMX keeps us from it, too
+        return False
+    if not {"avx512f", "avx512bw", "avx512bf16"} <= FEATURES:  # what else the loops with AMX are compiled to
         return False
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    if not {"amx_tile", "amx_bf16", "avx512_bf16", "avx512bw"} <= set(flags.split()):
+    if not {"amx_tile", "amx_bf16"} <= set(flags.split()):
         return False
     llvmlite.binding.initialize_native_asmparser()
     return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0

@@ -2,7 +2,7 @@
 
 Winograd's F(2x2, 3x3): 4 x 4 pixels of the input and the nine of a filter are each transformed into 16 numbers, and
 2 x 2 pixels of the output are made of their 16 products (`winograd.py`). Those sum over channels, so they are 16
-products of matrices: [images of some tiles, C] by [C, O]. The gradient of the input is a convolution, too, with turned
+products m = v @ u of matrices, [M, C] of a tile by [C, O]. The gradient of the input is a convolution, too, with turned
 filters. That of the filters sums over images and tiles: [O, images] by [images, C]. From Lavin and Gray, Fast
 Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
 
@@ -193,7 +193,8 @@ def _convolve(
         for k in range(4):
             _find_input(x, height, width, pixel, zeros, i, j, k, places)
             winograd.input_to_tiles(vector, at, np.float32(SIGN[k]), GROUP * channels, v + 4 * k * pixel, pixel)
-        _find_output(out, rows, columns, out_pixel, beyond, i, j, places)
+        if not pool:
+            _find_output(out, rows, columns, out_pixel, beyond, i, j, places)
         for channel in range(0, filters, 2 * lanes):
             for e in range(16):
                 right = u + (e * filters + channel) // lanes * u_next
@@ -305,7 +306,8 @@ def _pack_band(
         for c in range(0, channels, lanes):
             to = right + c // lanes * count * tile_bytes + offset
             winograd.input_to_columns(vector, at, sign, c, GROUP, to, right_next, channels)
-        _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
+        if not pool:
+            _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
         for o in range(0, filters, lanes):
             to = left + o // lanes * count * tile_bytes + offset
             if pool:

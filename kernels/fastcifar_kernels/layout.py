@@ -13,6 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # inside and end beyond, so it takes a little less than 2**31.
 SPAN_LIMIT = 2**31 - 2**16
 GROUP = 32  # images that lie side by side at every pixel of blocked ones
+BLOCK_CHANNELS = 32  # of which blocked images have a multiple
 
 
 def runs_triton(tensor: Tensor) -> bool:

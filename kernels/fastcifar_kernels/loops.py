@@ -4,18 +4,27 @@ Tensors of bfloat16 travel as bit patterns and are widened to float32 to be used
 float32, so widening is a shift and narrowing a rounding; both compile to a few vector instructions.
 """
 
-import llvmlite.binding
+from pathlib import Path
+
 import numba
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-# numba keeps what it compiled by the file that a loop stands in: after a change here, delete the folders __pycache__.
-ROUNDS_TO_BFLOAT16 = llvmlite.binding.get_host_cpu_features().get("avx512bf16", False)  # by an instruction
+from fastcifar_kernels.compiled_loops import forget_stale
+
+forget_stale(Path(__file__).parent)  # now, as whatever has loops imports this first
+
+# Of the processor that numba compiles for: this one, unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say another.
+_told = vars(config)["CPU_FEATURES"]
+_signed = get_host_cpu_features() if _told is None else _told  # "+avx2,-avx512f,..."
+FEATURES = {name[1:] for name in _signed.split(",") if name.startswith("+")}
+ROUNDS_TO_BFLOAT16 = "avx512bf16" in FEATURES  # by an instruction
 PIECE_PIXELS = 64  # of one sample, handled by one thread at a time; sums of more than 64 values are sums of sums
 
 

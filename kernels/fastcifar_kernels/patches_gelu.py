@@ -44,7 +44,7 @@ def patches_gelu(x_NCHW: Tensor, w_OCHW: Tensor, bias_O: Tensor) -> Tensor:
 
     Returns:
         [G, H - 1, W - 1, 32, 32], of the type of `x_NCHW`; channels beyond O are 0, what fills the last group up is any
-        image.
+        image. GELU is the polynomial of `bn_gelu`, in float32, too.
 
     Raises:
         ValueError: shapes, types or devices do not belong together; the loops are asked for another gradient.

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -20,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastcifar_kernels.loops import Bfloat16
+from fastcifar_kernels.loops import FEATURES, Bfloat16
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 # What keeps oneDNN from instructions keeps us from them, too.
@@ -33,12 +32,12 @@ def _ask() -> dict[torch.dtype, int]:
     """Lanes of a vector by type; a type is missing where the processor does not multiply it."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return {}
-    isa, has = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), llvmlite.binding.get_host_cpu_features()
-    if isa in ISA_BELOW_AVX2 or not (has.get("avx2") and has.get("fma")):
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if isa in ISA_BELOW_AVX2 or not {"avx2", "fma"} <= FEATURES:
         return {}
-    if isa in ISA_BELOW_AVX512 or not (has.get("avx512f") and has.get("avx512bw") and has.get("avx512dq")):
+    if isa in ISA_BELOW_AVX512 or not {"avx512f", "avx512bw", "avx512dq"} <= FEATURES:
         return {torch.float32: 8}
-    if isa in ISA_WITHOUT_BFLOAT16 or not has.get("avx512bf16"):
+    if isa in ISA_WITHOUT_BFLOAT16 or "avx512bf16" not in FEATURES:
         return {torch.float32: 16}
     return {torch.float32: 16, torch.bfloat16: 16}
 
@@ -46,7 +45,7 @@ def _ask() -> dict[torch.dtype, int]:
 LANES = _ask()
 
 
-def run(x: torch.Tensor) -> bool:
+def runs(x: torch.Tensor) -> bool:
     """Whether loops of these functions take this tensor."""
     return x.device.type == "cpu" and x.dtype in LANES
 
@@ -75,10 +74,10 @@ class Code:
         return self.builder.mul(one, ir.Constant(I64, other) if isinstance(other, int) else other)
 
     def read(self, address, kind):
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=2)
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=1)
 
     def write(self, value, address) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=2)
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=1)
 
     def addresses(self, place, count: int) -> list:
         """As many addresses as are stored there."""
@@ -163,6 +162,8 @@ def function(write: Callable[..., None]) -> Any:
 
     def typer(vector, *numbers):
         kinds = [types.float32 if number == types.float32 else types.int64 for number in numbers]
+        if types.float64 in numbers:
+            return None  # to numba: there is no such function
 
         def generate(context, builder, signature, arguments):
             write(Code(builder, vector), *arguments[1:])

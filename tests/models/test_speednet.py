@@ -180,6 +180,21 @@ def test_everything_else_takes_the_plain_path(widths, images, training, dtype):
     assert results(model, x_NCHW)["logits"].shape == (images, 7)
 
 
+@pytest.mark.parametrize("what", ["images", "whitening"])
+def test_what_has_no_gradient_in_blocks_gets_one_all_the_same(what):
+    """Only the plain path gives it."""
+    model = SpeedNet(7, (32, 32, 32)).eval()
+    x_NCHW = torch.randn(32, 3, 18, 18)
+    wanted = x_NCHW if what == "images" else model.whiten.weight
+    wanted.requires_grad_()
+    assert not model.blocks_pay(x_NCHW)
+    model(x_NCHW).sum().backward()
+    assert wanted.grad is not None
+    assert wanted.grad.any()
+    with torch.no_grad():
+        assert model.blocks_pay(x_NCHW) == blocks_run(x_NCHW)
+
+
 def test_blocked_images_compile_without_a_graph_break():
     needs_loops(torch.float32)
     model = SpeedNet(10, (32, 32, 32))
