@@ -17,6 +17,8 @@ shares of the groups.
 # numba changes what its decorators wrap:
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import math
+
 import numba
 import numpy as np
 import torch
@@ -41,7 +43,8 @@ def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor
     out_GHWMO = torch.empty((groups, *size, GROUP, filters), dtype=dtype)
     which = torch.empty((groups, *size, GROUP, filters // 32, 2) if pool else (0,), dtype=torch.int32)
     u = _transformed(w_OCHW, dtype)
-    buffers = _buffers(groups, channels, filters, dtype)
+    tiles = math.prod(size) if pool else _tiles(height, width)
+    buffers = _buffers(parts_of(groups * tiles), channels, filters, dtype)
     given = x_GHWMC.data_ptr(), groups, height, width, channels, u.data_ptr()
     to = out_GHWMO.data_ptr(), which.data_ptr(), filters, pool
     _forward(vector_of(dtype), dtype.itemsize, *given, *to, *buffers)
@@ -62,17 +65,20 @@ def backward(
     if to_input:
         u = _transformed(w_OCHW, dtype, turned=True)
         to = grad_x_GHWMC.data_ptr(), height, width, channels, pool
-        unpooled = torch.empty((parts_of(groups), rows * columns * GROUP * filters if pool else 0), dtype=dtype)
-        buffers = *_buffers(groups, filters, channels, dtype), as_array(unpooled)
+        parts = parts_of(groups * _tiles(height, width))
+        unpooled = torch.empty((parts, rows * columns * GROUP * filters if pool else 0), dtype=dtype)
+        buffers = *_buffers(parts, filters, channels, dtype), as_array(unpooled)
         _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
-    # Threads share the rows of E, if that comes out even, or else the groups: then each has sums of its own.
+    # Threads share the groups, and those of a share of them the rows of E: each share has sums of its own, 4 MB for
+    # 256 x 256 filters.
     threads = numba.get_num_threads()
-    sharing_rows = 4 % threads == 0
-    parts = threads if sharing_rows else parts_of(groups)
+    threads_of_a_share = math.gcd(4, threads)
+    shares = min(groups, threads // threads_of_a_share)
+    parts = shares * threads_of_a_share
     count = max(1, BAND_BYTES // (4 * GROUP * (channels + filters) * dtype.itemsize))
     sides = [torch.empty((parts, 4 * count * GROUP * length), dtype=dtype) for length in (filters, channels)]
     zeros = torch.zeros(GROUP * max(channels, filters), dtype=dtype)
-    sums_SEOC = torch.empty((1 if sharing_rows else parts, 16, filters, channels))
+    sums_SEOC = torch.empty((shares, 16, filters, channels))
     shape = groups, height, width, channels, *given, rows, columns, filters, pool
     buffers = as_array(sums_SEOC), count, *map(as_array, sides), np.empty((parts, 8), np.int64)
     _to_filters(*how, x_GHWMC.data_ptr(), *shape, *buffers, zeros.data_ptr())
@@ -90,9 +96,14 @@ def _transformed(w_OCHW: Tensor, dtype: torch.dtype, turned: bool = False) -> Te
     return out
 
 
-def _buffers(groups: int, channels: int, filters: int, dtype: torch.dtype) -> list:
+def _tiles(height: int, width: int) -> int:
+    """That cover a map."""
+    return (height + 1) // 2 * ((width + 1) // 2)
+
+
+def _buffers(parts: int, channels: int, filters: int, dtype: torch.dtype) -> list:
     """Memory for every part: a transformed tile, products, addresses, zeros, and for what is beyond the last pixels."""
-    parts, image = parts_of(groups), GROUP * channels
+    image = GROUP * channels
     tile, zeros = torch.empty((parts, 16 * image), dtype=dtype), torch.zeros((parts, image), dtype=dtype)
     products = torch.empty((parts, 16 * GROUP * 2 * LANES[dtype]))
     beyond = torch.empty((parts, GROUP * filters), dtype=dtype)
@@ -177,18 +188,26 @@ def _find_output(y, rows, columns, pixel, outside, i, j, places):  # pragma: no 
         places[number] = y + (row * columns + column) * pixel if row < rows and column < columns else outside
 
 
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _share(part, parts, g, groups, tiles):  # pragma: no cover
+    """The first tile of group g that is this part's, and the one after its last."""
+    first, last = part * groups * tiles // parts - g * tiles, (part + 1) * groups * tiles // parts - g * tiles
+    return min(max(first, 0), tiles), min(max(last, 0), tiles)
+
+
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _convolve(
-    vector, size, x, height, width, channels, u, filters, out, rows, columns, which, pool, v, m, places, zeros, beyond
-):  # pragma: no cover
-    """One group, a tile at a time: as 16 matrices `v`, whose products with two vectors of columns of `u` are `m`."""
+    vector, size, begin, end, x, height, width, channels, u, filters, out, rows, columns, which, pool,
+    v, m, places, zeros, beyond,
+):  # fmt: skip  # pragma: no cover
+    """Some tiles of a group, one by one: 16 matrices `v`, whose products with two vectors of columns of `u` are `m`."""
     lanes, at = len(vector), places.ctypes.data
     pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
     steps = channels * size // 4
     u_next = steps * lanes * 4  # from one vector of columns to the next
     m_next = GROUP * lanes * 8
     tiles_j = (columns + 1) // 2
-    for tile in range((rows + 1) // 2 * tiles_j):
+    for tile in range(begin, end):
         i, j = tile // tiles_j, tile % tiles_j
         for k in range(4):
             _find_input(x, height, width, pixel, zeros, i, j, k, places)
@@ -215,12 +234,16 @@ def _forward(
 ):  # fmt: skip  # pragma: no cover
     parts = len(places_P)
     rows, columns = (height // 2 * 2, width // 2 * 2) if pool else (height, width)
+    tiles = (rows + 1) // 2 * ((columns + 1) // 2)
     for part in numba.prange(parts):
-        for g in range(part * groups // parts, (part + 1) * groups // parts):
+        for g in range(groups):
+            begin, end = _share(part, parts, g, groups, tiles)
+            if begin == end:
+                continue
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
             _convolve(
-                vector, size, x + g * height * width * GROUP * channels * size, height, width, channels, u, filters,
-                out + first * size, rows, columns, which + first // 4, pool,
+                vector, size, begin, end, x + g * height * width * GROUP * channels * size, height, width, channels,
+                u, filters, out + first * size, rows, columns, which + first // 4, pool,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
             )  # fmt: skip
@@ -242,15 +265,19 @@ def _to_input(
 ):  # fmt: skip  # pragma: no cover
     """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
     parts = len(places_P)
+    tiles = (height + 1) // 2 * ((width + 1) // 2)
     for part in numba.prange(parts):
-        for g in range(part * groups // parts, (part + 1) * groups // parts):
+        for g in range(groups):
+            begin, end = _share(part, parts, g, groups, tiles)
+            if begin == end:
+                continue
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
             own, bits = grad + first * size, which + first // 4
             if pool:
                 own = unpooled_P[part].ctypes.data
                 _unpool(vector, size, grad + first * size, bits, rows, columns, filters, places_P[part], own)
             _convolve(
-                vector, size, own, rows, columns, filters, u, channels,
+                vector, size, begin, end, own, rows, columns, filters, u, channels,
                 out + g * height * width * GROUP * channels * size, height, width, 0, False,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
@@ -264,8 +291,8 @@ def _to_filters(
 ):  # fmt: skip  # pragma: no cover
     """The transformed gradient of the filters, `count` tiles at a time.
 
-    Parts share the groups, or the rows of E. In that case all go through the same images at the same time, and whoever
-    comes first fetches them into the cache that the cores have in common.
+    Parts share the groups, and those of a share the rows of E. They go through the same images at the same time, and
+    whoever comes first fetches them into the cache that the cores have in common.
     """
     parts, shares = len(places_P), len(sums_SEOC)
     rows_of_a_part = 4 * shares // parts

@@ -33,9 +33,9 @@ def pieces_of(pixels: int) -> int:
     return -(-pixels // PIECE_PIXELS)
 
 
-def parts_of(groups: int) -> int:
-    """How many threads share so many groups of images."""
-    return min(numba.get_num_threads(), groups)
+def parts_of(units: int) -> int:
+    """How many threads share so many units of work."""
+    return min(numba.get_num_threads(), units)
 
 
 def as_array(tensor: Tensor) -> NDArray:

@@ -223,7 +223,7 @@ def test_autocast_changes_nothing_inside_an_operator(operator):
 def test_bits_do_not_depend_on_the_number_of_threads(operator):
     """But for the gradient of a convolution's filters on AMX, where every thread sums up its own groups.
 
-    Without AMX that is so from 3 threads on, unless they are 4 (`conv_winograd.py`).
+    Without AMX it takes 3, or more than 4, threads for that (`conv_winograd.py`).
     """
     before = numba.get_num_threads()
     found = []
