@@ -33,7 +33,7 @@ EPOCHS = {  # where a budget of up to some minutes puts it on two cores; what is
     "cifar10": {
         "speed-narrow": (0.25, 0.5, 1, 2, 4, 8, 16),
         "speed": (0.5, 1, 2, 4, 8, 16),
-        "speed-wide": (2, 4, 8, 12),
+        "speed-wide": (2, 4, 8, 12, 24),
     },
     "cifar100": {
         "speed-narrow": (0.5, 1, 2, 4, 8),
