@@ -30,7 +30,8 @@ def run(code: str, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def test_a_loop_is_compiled_anew_when_what_it_takes_from_another_file_has_changed(tmp_path):
+def test_a_loop_is_compiled_anew_when_what_it_takes_from_another_file_has_changed(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     copy = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     assert run(MEAN, PYTHONPATH=str(tmp_path)) == "3.0"
     text = (copy / "loops.py").read_text()
