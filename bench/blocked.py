@@ -143,7 +143,7 @@ def plain(x_GHWMC: Tensor) -> Tensor:
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).float().norm() < 0.01 * other.float().norm())
+    return bool((one - other).float().norm() < 0.03 * other.float().norm())
 
 
 def in_turn(*candidates: Callable[[], tuple[float, ...]]) -> list[list[float]]:

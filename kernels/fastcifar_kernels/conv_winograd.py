@@ -1,23 +1,23 @@
-"""3x3 convolutions of blocked images with 2.25 times fewer multiplications, on x86 processors without a matrix unit.
+"""3x3 convolutions of blocked images with four times fewer multiplications, on x86 processors without a matrix unit.
 
-Winograd's F(2x2, 3x3): 4 x 4 pixels of the input and the nine of a filter are each transformed into 16 numbers, and
-2 x 2 pixels of the output are made of their 16 products (`winograd.py`). Those sum over channels, so they are 16
+Winograd's F(4x4, 3x3): 6 x 6 pixels of the input and the nine of a filter are each transformed into 36 numbers, and
+4 x 4 pixels of the output are made of their 36 products (`winograd.py`). Those sum over channels, so they are 36
 products m = v @ u of matrices, [M, C] of a tile by [C, O]. The gradient of the input is a convolution, too, with turned
 filters. That of the filters sums over images and tiles: [O, images] by [images, C]. From Lavin and Gray, Fast
 Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
+
+The last row and column of the 36 count for the last of four pixels alone, and are left out where that is outside: a map
+of 7 x 7 takes 11 x 11 products, not 12 x 12.
 
 What is between input and output stays in a core's cache: it is done a tile at a time, or some for the gradient of the
 filters. As the images of a group lie side by side at every pixel, transforming them is adding and subtracting rows of
 32 C numbers.
 
-Shapes as in `conv_blocked`; a tile is 2 x 2 pixels of the output of a group, E = 16 numbers that it is made of, S
-shares of the groups.
+Shapes as in `conv_blocked`; a tile is 4 x 4 pixels of the output of a group, E = 36 numbers that it is made of.
 """
 
 # numba changes what its decorators wrap:
 # pyright: reportCallIssue=false, reportArgumentType=false
-
-import math
 
 import numba
 import numpy as np
@@ -26,13 +26,16 @@ from torch import Tensor
 
 from fastcifar_kernels import winograd
 from fastcifar_kernels.layout import GROUP
-from fastcifar_kernels.loops import as_array, narrow, parts_of, widen
+from fastcifar_kernels.loops import as_array, parts_of
 from fastcifar_kernels.vectors import LANES, multiply, multiply_more, vector_of
-from fastcifar_kernels.winograd import ABOVE, BELOW, FIRST, SECOND, SIGN
+from fastcifar_kernels.winograd import EDGE, TILE
 
-# Of transformed input and gradient, of a row of E, that the gradient of the filters sums over at a time: the more, the
-# less often its sums are loaded and stored. 0.25 to 2 MB make no difference, with 1 MB of L2 cache a core.
-BAND_BYTES = 2**19
+E = EDGE * EDGE
+# Of transformed input and gradient, that the gradient of the filters sums over at a time: the more, the less often its
+# sums are loaded and stored.
+BAND_BYTES = 2**23
+# Between matrices of neighbouring numbers of E: at distances of 4096 bytes they would share a place in the cache.
+GAP_BYTES = 64
 
 
 def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
@@ -43,10 +46,10 @@ def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor
     out_GHWMO = torch.empty((groups, *size, GROUP, filters), dtype=dtype)
     which = torch.empty((groups, *size, GROUP, filters // 32, 2) if pool else (0,), dtype=torch.int32)
     u = _transformed(w_OCHW, dtype)
-    tiles = math.prod(size) if pool else _tiles(height, width)
-    buffers = _buffers(parts_of(groups * tiles), channels, filters, dtype)
+    rows, columns = (2 * size[0], 2 * size[1]) if pool else size
+    buffers = _buffers(parts_of(groups * _tiles(rows, columns)), channels, filters, dtype)
     given = x_GHWMC.data_ptr(), groups, height, width, channels, u.data_ptr()
-    to = out_GHWMO.data_ptr(), which.data_ptr(), filters, pool
+    to = out_GHWMO.data_ptr(), rows, columns, which.data_ptr(), filters, pool
     _forward(vector_of(dtype), dtype.itemsize, *given, *to, *buffers)
     return out_GHWMO, which
 
@@ -69,123 +72,86 @@ def backward(
         unpooled = torch.empty((parts, rows * columns * GROUP * filters if pool else 0), dtype=dtype)
         buffers = *_buffers(parts, filters, channels, dtype), as_array(unpooled)
         _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
-    # Threads share the groups, and those of a share of them the rows of E: each share has sums of its own, 4 MB for
-    # 256 x 256 filters.
-    threads = numba.get_num_threads()
-    threads_of_a_share = math.gcd(4, threads)
-    shares = min(groups, threads // threads_of_a_share)
-    parts = shares * threads_of_a_share
-    count = max(1, BAND_BYTES // (4 * GROUP * (channels + filters) * dtype.itemsize))
-    sides = [torch.empty((parts, 4 * count * GROUP * length), dtype=dtype) for length in (filters, channels)]
+    tile_bytes = E * GROUP * (channels + filters) * dtype.itemsize
+    count = min(groups * _tiles(rows, columns), max(1, BAND_BYTES // tile_bytes))
+    # Of one tile more, for what no product needs.
+    left, right = (_matrices((count + 1) * GROUP * length, dtype) for length in (filters, channels))
     zeros = torch.zeros(GROUP * max(channels, filters), dtype=dtype)
-    sums_SEOC = torch.empty((shares, 16, filters, channels))
+    places = np.empty((count * (channels + filters) // 32, E + 4), np.int64)
+    sums_EOC = torch.empty((E, filters, channels))
     shape = groups, height, width, channels, *given, rows, columns, filters, pool
-    buffers = as_array(sums_SEOC), count, *map(as_array, sides), np.empty((parts, 8), np.int64)
+    buffers = sums_EOC.data_ptr(), count, left.data_ptr(), right.data_ptr(), places, np.empty((count, 4), np.int64)
     _to_filters(*how, x_GHWMC.data_ptr(), *shape, *buffers, zeros.data_ptr())
-    grad_w_OHWC = torch.empty((filters, 3, 3, channels), dtype=w_OCHW.dtype)
-    _unpack_sums(as_array(sums_SEOC), as_array(grad_w_OHWC))
-    return grad_x_GHWMC, grad_w_OHWC.permute(0, 3, 1, 2)
+    grad_w_OHWC = torch.empty((filters, 3, 3, channels))
+    _unpack_sums(vector_of(torch.float32), sums_EOC.data_ptr(), filters, channels, grad_w_OHWC.data_ptr())
+    return grad_x_GHWMC, grad_w_OHWC.to(w_OCHW.dtype).permute(0, 3, 1, 2)
 
 
 def _transformed(w_OCHW: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
-    """See `_pack_filters`."""
-    o, c = w_OCHW.shape[1::-1] if turned else w_OCHW.shape[:2]
-    lanes, pairs = LANES[dtype], 4 // dtype.itemsize
-    out = torch.empty((16, o // lanes, c // pairs, lanes, pairs), dtype=dtype)
-    _pack_filters(as_array(w_OCHW.permute(0, 2, 3, 1).contiguous()), turned, as_array(out))
+    """The filters as 36 right matrices [E, O / lanes, steps, lanes, 2 or 1].
+
+    For the gradient of x they are `turned`: filters and channels exchanged, the nine neighbours in reverse.
+    """
+    w_CHWO = w_OCHW.float().permute((0, 2, 3, 1) if turned else (1, 2, 3, 0)).contiguous()
+    c, _, _, o = w_CHWO.shape
+    out = torch.empty((E, o // LANES[dtype], c * LANES[dtype]), dtype=dtype)
+    _pack_filters(vector_of(dtype), dtype.itemsize, w_CHWO.data_ptr(), c, o, turned, out.data_ptr())
     return out
 
 
-def _tiles(height: int, width: int) -> int:
+def _tiles(rows: int, columns: int) -> int:
     """That cover a map."""
-    return (height + 1) // 2 * ((width + 1) // 2)
+    return -(-rows // TILE) * -(-columns // TILE)
 
 
 def _buffers(parts: int, channels: int, filters: int, dtype: torch.dtype) -> list:
     """Memory for every part: a transformed tile, products, addresses, zeros, and for what is beyond the last pixels."""
-    image = GROUP * channels
-    tile, zeros = torch.empty((parts, 16 * image), dtype=dtype), torch.zeros((parts, image), dtype=dtype)
-    products = torch.empty((parts, 16 * GROUP * 2 * LANES[dtype]))
+    tile = _matrices(GROUP * channels, dtype, parts)
+    products = _matrices(GROUP * 2 * LANES[dtype], torch.float32, parts)
+    zeros = torch.zeros((parts, GROUP * channels), dtype=dtype)
     beyond = torch.empty((parts, GROUP * filters), dtype=dtype)
-    return [as_array(tile), as_array(products), np.empty((parts, 8), np.int64), as_array(zeros), as_array(beyond)]
+    places = np.empty((parts, E), np.int64)
+    return [as_array(tile), as_array(products), places, as_array(zeros), as_array(beyond)]
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _four(a, b, c):  # pragma: no cover
-    """`G` times three numbers."""
-    return a, np.float32(0.5) * (a + b + c), np.float32(0.5) * (a - b + c), c
+def _matrices(numbers: int, dtype: torch.dtype, parts: int = 1) -> Tensor:
+    """Memory for E matrices of so many numbers, one for every part."""
+    return torch.empty((parts, E * (numbers + GAP_BYTES // dtype.itemsize)), dtype=dtype)
 
 
-@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _three(a, b, c, d):  # pragma: no cover
-    """`G^T` times four numbers."""
-    return a + np.float32(0.5) * (b + c), np.float32(0.5) * (b - c), d + np.float32(0.5) * (b + c)
-
-
-@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _neighbour(w_OHWC, turned, o, c, i, j):  # pragma: no cover
-    """A number of a filter; or of one for the gradient of x: filters and channels swapped, neighbours in reverse."""
-    return widen(w_OHWC[c, 2 - i, 2 - j, o]) if turned else widen(w_OHWC[o, i, j, c])
+# numba: x, u ... are addresses, `vector` says what lies there (vectors.py), `size` how many bytes a number has. Every
+# part has a row of each buffer.
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def _pack_filters(w_OHWC, turned, out):  # pragma: no cover
-    """`G filter G^T` as 16 right matrices [E, O / lanes, steps, lanes, 2 or 1]."""
-    _, columns, steps, lanes, pairs = out.shape
-    for column in numba.prange(columns):
-        rows = np.empty((4, 3), np.float32)
+def _pack_filters(vector, size, w, channels, filters, turned, out):  # pragma: no cover
+    """See `_transformed`."""
+    lanes, together = len(vector), 4 // size
+    steps = channels // together
+    neighbour = filters * 4
+    for column in numba.prange(filters // lanes):
         for step in range(steps):
-            for lane in range(lanes):
-                for pair in range(pairs):
-                    which = w_OHWC, turned, column * lanes + lane, step * pairs + pair
-                    for j in range(3):
-                        rows[0, j], rows[1, j], rows[2, j], rows[3, j] = _four(
-                            _neighbour(*which, 0, j), _neighbour(*which, 1, j), _neighbour(*which, 2, j)
-                        )
-                    for i in range(4):
-                        row = _four(rows[i, 0], rows[i, 1], rows[i, 2])
-                        for j in range(4):
-                            out[4 * i + j, column, step, lane, pair] = narrow(row[j], out[0, 0, 0, 0, 0])
+            first = w + step * together * 9 * neighbour + column * lanes * 4
+            first, way = (first + 8 * neighbour, -neighbour) if turned else (first, neighbour)
+            to = out + (column * steps + step) * lanes * 4
+            winograd.filters_to_columns(vector, first, way, 9 * neighbour, to, channels * filters * size)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def _unpack_sums(sums_SEOC, out_OHWC):  # pragma: no cover
-    """The gradient of the filters, `G^T e G`, of what all shares have summed."""
-    filters, _, _, channels = out_OHWC.shape
+def _unpack_sums(vector, sums, filters, channels, out):  # pragma: no cover
+    """The gradient of the filters, [O, 3, 3, C], of the sums of products, [E, O, C]; all float32."""
+    length = channels * 4
     for o in numba.prange(filters):
-        e, rows = np.empty((4, 4), np.float32), np.empty((3, 4), np.float32)
-        for c in range(channels):
-            e[:] = 0
-            for share in range(len(sums_SEOC)):
-                for n in range(16):
-                    e[n // 4, n % 4] += sums_SEOC[share, n, o, c]
-            for j in range(4):
-                rows[0, j], rows[1, j], rows[2, j] = _three(e[0, j], e[1, j], e[2, j], e[3, j])
-            for i in range(3):
-                row = _three(rows[i, 0], rows[i, 1], rows[i, 2], rows[i, 3])
-                for j in range(3):
-                    out_OHWC[o, i, j, c] = narrow(row[j], out_OHWC[0, 0, 0, 0])
+        winograd.sums_to_filters(vector, sums + o * length, filters * length, channels, out + o * 9 * length, length)
 
 
-# numba: x, u ... are addresses, `vector` says what lies there (vectors.py). Every part has a row of each buffer.
-
-
-@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _find_input(x, height, width, pixel, zeros, i, j, k, places):  # pragma: no cover
-    """The eight pixels that row k of the transformed tile (i, j) is made of; outside x they are zeros."""
-    for number in range(8):
-        row = 2 * i - 1 + (FIRST[k] if number < 4 else SECOND[k])
-        column = 2 * j - 1 + number % 4
-        inside = 0 <= row < height and 0 <= column < width
-        places[number] = x + (row * width + column) * pixel if inside else zeros
-
-
-@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _find_output(y, rows, columns, pixel, outside, i, j, places):  # pragma: no cover
-    """The four pixels of tile (i, j)."""
-    for number in range(4):
-        row, column = 2 * i + number // 2, 2 * j + number % 2
-        places[number] = y + (row * columns + column) * pixel if row < rows and column < columns else outside
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _find(image, rows, columns, pixel, outside, top, left, side, places):  # pragma: no cover
+    """The addresses of `side` by `side` pixels from (top, left) on."""
+    for i in range(side):
+        for j in range(side):
+            inside = 0 <= top + i < rows and 0 <= left + j < columns
+            places[i * side + j] = image + ((top + i) * columns + left + j) * pixel if inside else outside
 
 
 @numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
@@ -200,41 +166,45 @@ def _convolve(
     vector, size, begin, end, x, height, width, channels, u, filters, out, rows, columns, which, pool,
     v, m, places, zeros, beyond,
 ):  # fmt: skip  # pragma: no cover
-    """Some tiles of a group, one by one: 16 matrices `v`, whose products with two vectors of columns of `u` are `m`."""
+    """Some tiles of a group, one by one: 36 matrices `v`, whose products with two vectors of columns of `u` are `m`."""
     lanes, at = len(vector), places.ctypes.data
-    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
+    pixel, out_pixel, bits_pixel = GROUP * channels * size, GROUP * filters * size, GROUP * filters // 4
+    v_next, m_next = pixel + GAP_BYTES, GROUP * lanes * 8 + GAP_BYTES
     steps = channels * size // 4
     u_next = steps * lanes * 4  # from one vector of columns to the next
-    m_next = GROUP * lanes * 8
-    tiles_j = (columns + 1) // 2
+    tiles_j = (columns + TILE - 1) // TILE
     for tile in range(begin, end):
-        i, j = tile // tiles_j, tile % tiles_j
-        for k in range(4):
-            _find_input(x, height, width, pixel, zeros, i, j, k, places)
-            winograd.input_to_tiles(vector, at, np.float32(SIGN[k]), GROUP * channels, v + 4 * k * pixel, pixel)
-        if not pool:
-            _find_output(out, rows, columns, out_pixel, beyond, i, j, places)
+        i, j = tile // tiles_j * TILE, tile % tiles_j * TILE
+        _find(x, height, width, pixel, zeros, i - 1, j - 1, EDGE, places)
+        winograd.input_to_tiles(vector, at, GROUP * channels, v, v_next)
+        if pool:
+            _find(out, rows // 2, columns // 2, out_pixel, beyond, i // 2, j // 2, 2, places)
+            _find(which, rows // 2, columns // 2, bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
+        else:
+            _find(out, rows, columns, out_pixel, beyond, i, j, TILE, places)
+        e_rows = EDGE if i + TILE <= rows else EDGE - 1
+        e_columns = EDGE if j + TILE <= columns else EDGE - 1
         for channel in range(0, filters, 2 * lanes):
-            for e in range(16):
-                right = u + (e * filters + channel) // lanes * u_next
-                for image in range(0, GROUP, lanes // 2):
-                    left, to = v + e * pixel + image * channels * size, m + e * m_next + image * lanes * 8
-                    multiply(vector, left, channels * size, 4, right, u_next, lanes * 4, steps, to, lanes * 8)
+            for e_row in range(e_rows):
+                for e in range(EDGE * e_row, EDGE * e_row + e_columns):
+                    right = u + (e * filters + channel) // lanes * u_next
+                    for image in range(0, GROUP, lanes // 2):
+                        left, to = v + e * v_next + image * channels * size, m + e * m_next + image * lanes * 8
+                        multiply(vector, left, channels * size, 4, right, u_next, lanes * 4, steps, to, lanes * 8)
             if pool:
-                to, bits = out + tile * out_pixel, which + tile * GROUP * filters // 4
-                winograd.tiles_to_largest(vector, m, m_next, GROUP, to, bits, channel, filters)
+                winograd.tiles_to_largest(vector, m, m_next, GROUP, at, channel, filters)
             else:
                 winograd.tiles_to_output(vector, m, m_next, GROUP, at, channel, filters)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _forward(
-    vector, size, x, groups, height, width, channels, u, out, which, filters, pool,
+    vector, size, x, groups, height, width, channels, u, out, rows, columns, which, filters, pool,
     v_P, m_P, places_P, zeros_P, beyond_P,
 ):  # fmt: skip  # pragma: no cover
+    """The output: `rows` by `columns` before pooling."""
     parts = len(places_P)
-    rows, columns = (height // 2 * 2, width // 2 * 2) if pool else (height, width)
-    tiles = (rows + 1) // 2 * ((columns + 1) // 2)
+    tiles = (rows + TILE - 1) // TILE * ((columns + TILE - 1) // TILE)
     for part in numba.prange(parts):
         for g in range(groups):
             begin, end = _share(part, parts, g, groups, tiles)
@@ -253,9 +223,10 @@ def _forward(
 def _unpool(vector, size, grad, which, rows, columns, filters, places, out):  # pragma: no cover
     """The gradient of one group before pooling, [rows, columns, M, O]."""
     length = GROUP * filters
-    for tile in range(rows // 2 * (columns // 2)):
-        _find_output(out, rows, columns, length * size, 0, tile // (columns // 2), tile % (columns // 2), places)
-        winograd.unpool(vector, grad + tile * length * size, which + tile * length // 4, length, places.ctypes.data)
+    for pixel in range(rows // 2 * (columns // 2)):
+        i, j = pixel // (columns // 2) * 2, pixel % (columns // 2) * 2
+        _find(out, rows, columns, length * size, 0, i, j, 2, places)
+        winograd.unpool(vector, grad + pixel * length * size, which + pixel * length // 4, length, places.ctypes.data)
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -265,7 +236,7 @@ def _to_input(
 ):  # fmt: skip  # pragma: no cover
     """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
     parts = len(places_P)
-    tiles = (height + 1) // 2 * ((width + 1) // 2)
+    tiles = (height + TILE - 1) // TILE * ((width + TILE - 1) // TILE)
     for part in numba.prange(parts):
         for g in range(groups):
             begin, end = _share(part, parts, g, groups, tiles)
@@ -287,79 +258,109 @@ def _to_input(
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_filters(
     vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool,
-    sums_SEOC, count, left_P, right_P, places_P, zeros,
+    sums, count, left, right, places_U, slots_N4, zeros,
 ):  # fmt: skip  # pragma: no cover
-    """The transformed gradient of the filters, `count` tiles at a time.
-
-    Parts share the groups, and those of a share the rows of E. They go through the same images at the same time, and
-    whoever comes first fetches them into the cache that the cores have in common.
-    """
-    parts, shares = len(places_P), len(sums_SEOC)
-    rows_of_a_part = 4 * shares // parts
-    tiles = (rows + 1) // 2 * ((columns + 1) // 2)
-    for part in numba.prange(parts):
-        share = part * shares // parts
-        left, right, places = left_P[part].ctypes.data, right_P[part].ctypes.data, places_P[part]
-        first, last = share * groups // shares * tiles, (share + 1) * groups // shares * tiles
-        for begin in range(first, last, count):
-            end = min(last, begin + count)
-            for row in range(rows_of_a_part):
-                k = (part * rows_of_a_part + row) % 4
-                _pack_band(
-                    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool,
-                    k, begin, end, count, left, right, places, zeros,
+    """The transformed gradient of the filters, of `count` tiles at a time: threads transform them, then multiply."""
+    tiles_j = (columns + TILE - 1) // TILE
+    tiles = (rows + TILE - 1) // TILE * tiles_j
+    blocks = (channels + filters) // 32
+    for begin in range(0, groups * tiles, count):
+        end = min(groups * tiles, begin + count)
+        used = _find_slots(begin, end, tiles, tiles_j, rows, columns, count, slots_N4)
+        for unit in numba.prange((end - begin) * blocks):
+            tile, block = unit // blocks, unit % blocks
+            g, i, j = (begin + tile) // tiles, (begin + tile) % tiles // tiles_j, (begin + tile) % tiles % tiles_j
+            if block < channels // 32:
+                _pack_input(
+                    vector, size, x + g * height * width * GROUP * channels * size, height, width, channels,
+                    i, j, 32 * block, right, count, slots_N4[tile], places_U[unit], zeros,
                 )  # fmt: skip
-                sums = sums_SEOC[share, 4 * k].ctypes.data
-                _add_band(vector, size, channels, filters, end - begin, count, left, right, sums, begin > first)
-
-
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def _pack_band(
-    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool,
-    k, begin, end, count, left, right, places, zeros,
-):  # fmt: skip  # pragma: no cover
-    """Row k of transformed tiles from number `begin` on: gradients as four left matrices, the input as right ones."""
-    lanes, at = len(vector), places.ctypes.data
-    sign, above, below = np.float32(SIGN[k]), np.float32(ABOVE[k]), np.float32(BELOW[k])
-    pixel, out_pixel = GROUP * channels * size, GROUP * filters * size
-    tile_bytes = GROUP * lanes * size  # of one vector of columns
-    tiles_j = (columns + 1) // 2
-    tiles = (rows + 1) // 2 * tiles_j
-    left_next, right_next = count * GROUP * filters * size, count * GROUP * channels * size
-    for number in range(begin, end):
-        g, i, j = number // tiles, number % tiles // tiles_j, number % tiles % tiles_j
-        offset = (number - begin) * tile_bytes
-        _find_input(x + g * height * width * pixel, height, width, pixel, zeros, i, j, k, places)
-        for c in range(0, channels, lanes):
-            to = right + c // lanes * count * tile_bytes + offset
-            winograd.input_to_columns(vector, at, sign, c, GROUP, to, right_next, channels)
-        if not pool:
-            _find_output(grad + g * rows * columns * out_pixel, rows, columns, out_pixel, zeros, i, j, places)
-        for o in range(0, filters, lanes):
-            to = left + o // lanes * count * tile_bytes + offset
-            if pool:
-                bits = which + number * GROUP * filters // 4
-                winograd.pooled_grad_to_columns(
-                    vector, grad + number * out_pixel, bits, above, below, o, GROUP, to, left_next, filters
-                )
             else:
-                winograd.grad_to_columns(vector, at, above, below, o, GROUP, to, left_next, filters)
+                _pack_grad(
+                    vector, size, grad, which, g, rows, columns, filters, pool,
+                    i, j, 32 * block - channels, left, count, slots_N4[tile], places_U[unit], zeros,
+                )  # fmt: skip
+        for unit in numba.prange(E * filters // 32):
+            e, o = unit // (filters // 32), unit % (filters // 32) * 32
+            steps = used[2 * (e // EDGE == EDGE - 1) + (e % EDGE == EDGE - 1)] * GROUP * size // 4
+            _add_products(vector, size, e, o, channels, filters, count, left, right, steps, sums, begin > 0)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _add_band(vector, size, channels, filters, tiles, count, left, right, sums, more):  # pragma: no cover
-    """Four products of what `_pack_band` has left, added to `sums` if there are `more`."""
+def _find_slots(begin, end, tiles, tiles_j, rows, columns, count, slots_N4):  # pragma: no cover
+    """Where each tile stands among those that have what is summed; slot `count` is for those that have not.
+
+    By turns: anything; a last column, of 4; a last row; both. Returns how many tiles have it.
+    """
+    used = [0, 0, 0, 0]
+    for number in range(begin, end):
+        i, j = number % tiles // tiles_j, number % tiles % tiles_j
+        below, right = TILE * i + TILE <= rows, TILE * j + TILE <= columns
+        for what in range(4):
+            has = (below or what < 2) and (right or what % 2 == 0)
+            slots_N4[number - begin, what] = used[what] if has else count
+            used[what] += has
+    return used
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _find_columns(matrices, channel, channels, lanes, count, size, slots, places):  # pragma: no cover
+    """Where the columns of these channels stand in the matrices of each kind; how far it is to the next of E."""
+    tile_bytes = GROUP * lanes * size
+    for what in range(4):
+        places[what] = matrices + (channel // lanes * (count + 1) + slots[what]) * tile_bytes
+    return channels // lanes * (count + 1) * tile_bytes + GAP_BYTES
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_input(
+    vector, size, x, height, width, channels, i, j, channel, right, count, slots, places, zeros
+):  # fmt: skip  # pragma: no cover
+    """32 channels of the transformed input of a tile, as columns of right matrices."""
+    _find(x, height, width, GROUP * channels * size, zeros, TILE * i - 1, TILE * j - 1, EDGE, places)
+    at = places.ctypes.data
+    for c in range(channel, channel + 32, len(vector)):
+        right_next = _find_columns(right, c, channels, len(vector), count, size, slots, places[E:])
+        winograd.input_to_columns(vector, at, c, channels, GROUP, at + 8 * E, right_next)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_grad(
+    vector, size, grad, which, g, rows, columns, filters, pool, i, j, channel, left, count, slots, places, zeros
+):  # fmt: skip  # pragma: no cover
+    """32 channels of the transformed gradient of a tile, as rows of left matrices."""
+    at, pixel, bits_pixel = places.ctypes.data, GROUP * filters * size, GROUP * filters // 4
+    if pool:
+        rows, columns = rows // 2, columns // 2
+        before = g * rows * columns
+        _find(grad + before * pixel, rows, columns, pixel, zeros, 2 * i, 2 * j, 2, places)
+        _find(which + before * bits_pixel, rows, columns, bits_pixel, zeros, 2 * i, 2 * j, 2, places[4:])
+    else:
+        _find(grad + g * rows * columns * pixel, rows, columns, pixel, zeros, TILE * i, TILE * j, TILE, places)
+    for o in range(channel, channel + 32, len(vector)):
+        left_next = _find_columns(left, o, filters, len(vector), count, size, slots, places[E:])
+        if pool:
+            winograd.pooled_grad_to_columns(vector, at, o, filters, GROUP, at + 8 * E, left_next)
+        else:
+            winograd.grad_to_columns(vector, at, o, filters, GROUP, at + 8 * E, left_next)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _add_products(
+    vector, size, e, first, channels, filters, count, left, right, steps, sums, more
+):  # fmt: skip  # pragma: no cover
+    """32 filters of a product of what the two above have packed, added to `sums` if there are `more`."""
     lanes = len(vector)
-    steps = tiles * GROUP * size // 4
-    next_columns = count * GROUP * lanes * size
-    for e in range(4):
-        for c in range(0, channels, 2 * lanes):
-            columns = right + (e * channels + c) // lanes * next_columns
-            for o in range(0, filters, lanes // 2):
-                rows = left + (e * filters + o) // lanes * next_columns + o % lanes * 4
-                to = sums + ((e * filters + o) * channels + c) * 4
-                how = rows, 4, lanes * 4, columns, next_columns, lanes * 4, steps, to, channels * 4
-                if more:
-                    multiply_more(vector, *how)
-                else:
-                    multiply(vector, *how)
+    next_columns = (count + 1) * GROUP * lanes * size
+    left += e * (filters // lanes * next_columns + GAP_BYTES)
+    right += e * (channels // lanes * next_columns + GAP_BYTES)
+    for c in range(0, channels, 2 * lanes):
+        columns = right + c // lanes * next_columns
+        for o in range(first, first + 32, lanes // 2):
+            rows = left + o // lanes * next_columns + o % lanes * 4
+            to = sums + ((e * filters + o) * channels + c) * 4
+            how = rows, 4, lanes * 4, columns, next_columns, lanes * 4, steps, to, channels * 4
+            if more:
+                multiply_more(vector, *how)
+            else:
+                multiply(vector, *how)

@@ -64,6 +64,10 @@ class Code:
         self.wide = ir.VectorType(F32, self.lanes)  # numbers as one computes with them
         self.narrow = ir.VectorType(I16, self.lanes) if self.bfloat16 else self.wide  # as they are stored
 
+    def of_whole_lines(self) -> "Code":
+        """The same with vectors of 64 bytes in memory, which LLVM makes of shorter ones."""
+        return Code(self.builder, types.UniTuple(types.uint16 if self.bfloat16 else types.float32, 64 // self.size))
+
     def at(self, address, *offsets):
         """An address so many bytes further on."""
         for offset in offsets:
@@ -101,6 +105,10 @@ class Code:
     def zeros(self, kind):
         return ir.Constant(kind, None)
 
+    def number(self, value: float):
+        """A vector of one constant."""
+        return ir.Constant(self.wide, [value] * self.lanes)
+
     def splat(self, number):
         """A vector of one number."""
         nothing = ir.Constant(ir.VectorType(number.type, self.lanes), ir.Undefined)
@@ -116,6 +124,9 @@ class Code:
         for other in others:
             first = self.builder.fsub(first, other)
         return first
+
+    def multiply(self, one, other):
+        return self.builder.fmul(one, other)
 
     def multiply_add(self, one, other, total):
         """one * other + total, rounded once."""

@@ -4,10 +4,10 @@ python -m fastcifar_kernels.verify [--op NAME ...]
 
 What is allowed is not a constant but derived from each input: twice what plain torch in the same type gets wrong, plus
 twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck) and what
-the polynomials in place of GELU are off, plus one rounding of the result, and one more where a convolution multiplies
-transformed images (`conv_winograd.py`). Every tensor that a kernel writes is filled with NaN first, and every tensor
-that it reads or writes lies between strips of NaN: what is not written, or read from outside, shows. Each is run twice
-(but not in the interpreter) and must give the same bits.
+the polynomials in place of GELU are off, plus one rounding of the result, and where a convolution multiplies
+transformed images (`conv_winograd.py`) four more, and sixteen of float32. Every tensor that a kernel writes is filled
+with NaN first, and every tensor that it reads or writes lies between strips of NaN: what is not written, or read from
+outside, shows. Each is run twice (but not in the interpreter) and must give the same bits.
 
 With a GPU the compiled kernels are run; without one the numba loops for CPU tensors, and the Triton kernels in Triton's
 interpreter on small shapes. Exit code 1 if anything misses.
@@ -78,6 +78,9 @@ POOL_VARIANTS = {
     "dropout": {"dropout": 0.3},
     "dropout, pool": {"dropout": 0.5, "pool": True},
 }
+
+# Winograd's transformations enlarge roundings of what is multiplied, and their own: so many of these they may cost.
+TRANSFORMED, TRANSFORMING = 4, 16
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
 banded = sys.modules["fastcifar_kernels.conv_amx"]
@@ -406,8 +409,8 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
             faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
         plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
         allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
-        if case.op == "conv_blocked" and vectors.runs(given["x"]) and not amx.runs(given["x"]):
-            allowed += rounding(dtype)  # what is multiplied was transformed, and rounded once more
+        if case.op == "conv_blocked" and is_transformed(given["x"]):
+            allowed += TRANSFORMED * rounding(dtype) + TRANSFORMING * rounding(torch.float32)
         if not math.isfinite(allowed):
             faults.append(f"{name} cannot be judged: plain torch overflows")
         compared.append((name, distance(found[name], truth[name]), allowed))
@@ -425,6 +428,11 @@ def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tenso
         grads = torch.autograd.grad(found["out"], list(leaves.values()), given["grad"].to(found["out"].dtype))
         found |= {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def is_transformed(x_GHWMC: Tensor) -> bool:
+    """Whether what a convolution multiplies is not this, but made of it, and rounded once more."""
+    return vectors.runs(x_GHWMC) and not amx.runs(x_GHWMC)
 
 
 def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
@@ -447,6 +455,7 @@ def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
         y_GHWMO = conv_blocked_reference(exact["x"], exact["w"])
         gap_GMOHW = gaps(y_GHWMO.permute(0, 3, 4, 1, 2).flatten(0, 1)).unflatten(0, (len(y_GHWMO), -1))
         allowed = max(torch.finfo(given["x"].dtype).eps, 1e-4) * y_GHWMO.abs().max()
+        allowed *= TRANSFORMED if is_transformed(given["x"]) else 1
         return given["grad"].where(gap_GMOHW.permute(0, 3, 4, 1, 2) > allowed, 0)
     values: list[Tensor] = []
 

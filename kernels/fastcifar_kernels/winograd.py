@@ -1,78 +1,113 @@
-"""Winograd's transformations for numba loops: F(2x2, 3x3), of images that lie side by side.
+"""Winograd's transformations for numba loops: F(4x4, 3x3), of images that lie side by side.
 
-    output = A^T ((G filter G^T) * (B^T input B)) A        2 x 2 = ((4 x 4) * (4 x 4)), product by product
+    output = A^T ((G filter G^T) * (B^T input B)) A        4 x 4 = ((6 x 6) * (6 x 6)), product by product
 
-           1  0                1    0    0               1  0 -1  0
-    A =    1  1       G =    1/2  1/2  1/2      B^T =    0  1  1  0
-           1 -1              1/2 -1/2  1/2               0 -1  1  0
-           0 -1                0    0    1               0  1  0 -1
+multiply polynomials by their values at 0, p, -p, q, -q and infinity:
 
-What is 4 x 4 is made and stored a row at a time, number by number. See `vectors.py` for what the functions take.
+           1    0    0    0              1      0     0              1    0  -5/2   0    1    0
+           1    p   1/2  p/2           -2/3  -2p/3  -1/3             0  -2p   -2    p    1    0
+    A =    1   -p   1/2 -p/2     G =   -2/3   2p/3  -1/3     B^T =   0   2p   -2   -p    1    0      p = sqrt(1/2)
+           1    q    2   2q             1/6    q/6   1/3             0  -q/2 -1/2   q    1    0      q = sqrt(2)
+           1   -q    2  -2q             1/6   -q/6   1/3             0   q/2 -1/2  -q    1    0
+           0    0    0    1              0      0     1              0    1    0  -5/2   0    1
+
+With what is multiplied rounded to bfloat16, results are off by 1.2 % of their size; with the usual 1 and 2 for p and q,
+by 2.5 %. Of everything six long, or six by six, the rows of p and -p are a sum and a difference, and so are those of q
+and -q: they are computed together, and nothing else is, as 36 vectors are more than the registers hold.
+
+See `vectors.py` for what the functions take.
 """
+
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
 from fastcifar_kernels.vectors import I64, Code, function
 
-# Of row k of `B^T x`: row FIRST[k] of x, plus SIGN[k] times row SECOND[k].
-FIRST, SECOND, SIGN = (0, 1, 2, 1), (2, 2, 1, 3), (-1, 1, -1, -1)
-# Of row k of `A y`: row 0 of y times ABOVE[k], plus row 1 times BELOW[k].
-ABOVE, BELOW = (1, 1, 1, 0), (0, 1, -1, -1)
+TILE, EDGE = 4, 6  # pixels of the output and of the input along a side
+ROOTS = {1: 0.5**0.5, 2: 2.0**0.5}  # p and q, by the number of their group: 0, p and -p, q and -q, infinity
+SCALES = {1: -2 / 3, 2: 1 / 6}  # of their rows of G
 
 
 @function
-def input_to_tiles(code, pixels, sign, length, out, out_next):
-    """A row of `B^T x B`, as four times `length` numbers, `out_next` apart.
+def filters_to_columns(code, filters, neighbour, pair, out, out_next):
+    """`G filter G^T` of a vector of filters as a step of 36 right matrices, `out_next` apart.
 
-    At `pixels` stand eight addresses: of four pixels of one row of x, and of another one, which counts `sign` times.
+    A filter's nine numbers are float32 and `neighbour` apart, and it is `pair` to those of the next channel.
     """
-    places = code.addresses(pixels, 8)
+
+    def numbers(channel: int):
+        start = code.at(filters, code.times(pair, channel))
+        return lambda i, j: code.read(code.at(start, code.times(neighbour, 3 * i + j)), code.wide)
+
+    tiles = [_transformed(code, numbers(channel), 3, _filter_rows) for channel in range(_together(code))]
+    for number, value in enumerate(_steps(code, tiles)):
+        code.write(value, code.at(out, code.times(out_next, number)))
+
+
+@function
+def sums_to_filters(code, sums, sums_next, length, out, out_next):
+    """`G^T e G`: from 36 times `length` numbers, to nine times as many; all float32."""
+    with code.repeat(code.builder.udiv(length, ir.Constant(I64, code.lanes))) as turn:
+        offset = code.times(turn, 4 * code.lanes)
+        e = [code.read(code.at(sums, offset, code.times(sums_next, n)), code.wide) for n in range(EDGE * EDGE)]
+        for number, value in enumerate(_folded(code, e, _filter_gradient)):
+            code.write(value, code.at(out, offset, code.times(out_next, number)))
+
+
+@function
+def input_to_tiles(code, pixels, length, out, out_next):
+    """`B^T x B` as 36 times `length` numbers, `out_next` apart. At `pixels` stand the addresses of 6 x 6 pixels."""
+    code = code.of_whole_lines()
     with code.repeat(code.builder.udiv(length, ir.Constant(I64, code.lanes))) as turn:
         offset = code.times(turn, code.lanes * code.size)
-        row = _input_row(code, [code.load(code.at(place, offset)) for place in places], sign)
-        for number, value in enumerate(row):
+        for number, value in enumerate(_transformed(code, _pixels(code, pixels, EDGE, offset), EDGE, _input_rows)):
             code.write(code.narrowed(value), code.at(out, offset, code.times(out_next, number)))
 
 
 @function
-def input_to_columns(code, pixels, sign, channel, images, out, out_next, channels):
-    """The same of a vector of channels, as steps of a right matrix whose columns they are: it sums over images."""
+def input_to_columns(code, pixels, channel, channels, images, outs, out_next):
+    """The same of a vector of channels, as steps of right matrices whose columns they are: they sum over images.
+
+    At `outs` stands where the matrices begin: all but those of the last row and column, those of the last column, those
+    of the last row, and that of both.
+    """
+
+    def tile(image):
+        offset = code.times(code.at(code.times(image, channels), channel), code.size)
+        return _transformed(code, _pixels(code, pixels, EDGE, offset), EDGE, _input_rows)
+
+    _write_columns(code, tile, images, outs, out_next)
+
+
+@function
+def grad_to_columns(code, pixels, channel, channels, images, outs, out_next):
+    """`A y A^T`, otherwise the same. At `pixels` stand the addresses of 4 x 4 pixels."""
+
+    def tile(image):
+        offset = code.times(code.at(code.times(image, channels), channel), code.size)
+        return _transformed(code, _pixels(code, pixels, TILE, offset), TILE, _grad_rows)
+
+    _write_columns(code, tile, images, outs, out_next)
+
+
+@function
+def pooled_grad_to_columns(code, pixels, channel, channels, images, outs, out_next):
+    """The same where of 2 x 2 pixels only the largest has a gradient: see `tiles_to_largest`."""
     places = code.addresses(pixels, 8)
 
-    def row(image):
-        offset = code.times(code.at(code.times(image, channels), channel), code.size)
-        return _input_row(code, [code.load(code.at(place, offset)) for place in places], sign)
-
-    _write_columns(code, row, images, out, out_next)
-
-
-@function
-def grad_to_columns(code, pixels, above, below, channel, images, out, out_next, channels):
-    """A row of `A y A^T`, otherwise the same. At `pixels` stand four addresses, of 2 x 2 pixels."""
-    places = code.addresses(pixels, 4)
-
-    def row(image):
-        offset = code.times(code.at(code.times(image, channels), channel), code.size)
-        return _grad_row(code, [code.load(code.at(place, offset)) for place in places], above, below)
-
-    _write_columns(code, row, images, out, out_next)
-
-
-@function
-def pooled_grad_to_columns(code, grad, which, above, below, channel, images, out, out_next, channels):
-    """The same where only the largest of 2 x 2 pixels has a gradient: see `tiles_to_largest`."""
-
-    select, zeros = code.builder.select, code.zeros(code.wide)
-
-    def row(image):
+    def tile(image):
         first = code.at(code.times(image, channels), channel)
-        lower, right = _read_bits(code, which, first)
-        factor = select(lower, code.splat(below), code.splat(above))
-        value = code.builder.fmul(factor, code.load(code.at(grad, code.times(first, code.size))))
-        minus = code.builder.fneg(value)
-        return [select(right, zeros, value), value, select(right, minus, value), select(right, minus, zeros)]
+        offset = code.times(first, code.size)
+        y = {}
+        for number, (place, which) in enumerate(zip(places[:4], places[4:], strict=True)):
+            i, j = 2 * (number // 2), 2 * (number % 2)
+            y[i, j], y[i, j + 1], y[i + 1, j], y[i + 1, j + 1] = _scattered(
+                code, code.load(code.at(place, offset)), which, first
+            )
+        return _transformed(code, lambda i, j: y[i, j], TILE, _grad_rows)
 
-    _write_columns(code, row, images, out, out_next)
+    _write_columns(code, tile, images, outs, out_next)
 
 
 @function
@@ -89,66 +124,159 @@ def unpool(code, grad, which, length, pixels):
 
 @function
 def tiles_to_output(code, tiles, tiles_next, images, pixels, channel, channels):
-    """`A^T m A`: from 16 matrices [images, 2 * lanes], to 2 x 2 pixels."""
-    places = code.addresses(pixels, 4)
+    """`A^T m A`: from 36 matrices [images, 2 * lanes], to 4 x 4 pixels."""
     with code.repeat(images) as image:
         for half in range(2):
-            first = code.at(code.times(image, channels), channel, half * code.lanes)
-            offset = code.times(first, code.size)
-            for place, pixel in zip(places, _output(code, tiles, tiles_next, image, half), strict=True):
+            offset = code.times(code.at(code.times(image, channels), channel, half * code.lanes), code.size)
+            for number, pixel in enumerate(_output(code, tiles, tiles_next, image, half)):
+                place = code.read(code.at(pixels, 8 * number), I64)
                 code.write(code.narrowed(pixel), code.at(place, offset))
 
 
 @function
-def tiles_to_largest(code, tiles, tiles_next, images, out, which, channel, channels):
-    """The same, but of 2 x 2 pixels only the largest. Which it was stands in two bits of `which`.
+def tiles_to_largest(code, tiles, tiles_next, images, pixels, channel, channels):
+    """The same, but of each 2 x 2 pixels only the largest, to the first four addresses at `pixels`.
 
-    64 bits tell it for 32 channels: the first 32, was it one of the lower two, the others, one of the right two.
+    Which it was stands in two bits at the next four. 64 bits tell it for 32 channels: the first 32, was it one of the
+    lower two, the others, one of the right two.
     """
     builder = code.builder
+    places = code.addresses(pixels, 8)
     with code.repeat(images) as image:
         for half in range(2):
             first = code.at(code.times(image, channels), channel, half * code.lanes)
-            pixels = _output(code, tiles, tiles_next, image, half)
-            above_right, below_right = (builder.fcmp_ordered(">", pixels[n + 1], pixels[n]) for n in (0, 2))
-            above = builder.select(above_right, pixels[1], pixels[0])
-            below = builder.select(below_right, pixels[3], pixels[2])
-            lower = builder.fcmp_ordered(">", below, above)
-            right = builder.select(lower, below_right, above_right)
-            largest = builder.select(lower, below, above)
-            code.write(code.narrowed(largest), code.at(out, code.times(first, code.size)))
-            for place, bits in zip(_places_of_bits(code, which, first), (lower, right), strict=True):
-                code.write(builder.bitcast(bits, ir.IntType(code.lanes)), place)
+            y = _output(code, tiles, tiles_next, image, half)
+            for number, (place, which) in enumerate(zip(places[:4], places[4:], strict=True)):
+                start = 2 * TILE * (number // 2) + 2 * (number % 2)
+                above_left, above_right, below_left, below_right = (y[start + n] for n in (0, 1, TILE, TILE + 1))
+                right_above, right_below = (
+                    builder.fcmp_ordered(">", right, left)
+                    for right, left in ((above_right, above_left), (below_right, below_left))
+                )
+                above = builder.select(right_above, above_right, above_left)
+                below = builder.select(right_below, below_right, below_left)
+                lower = builder.fcmp_ordered(">", below, above)
+                right = builder.select(lower, right_below, right_above)
+                largest = builder.select(lower, below, above)
+                code.write(code.narrowed(largest), code.at(place, code.times(first, code.size)))
+                for to, bits in zip(_places_of_bits(code, which, first), (lower, right), strict=True):
+                    code.write(builder.bitcast(bits, ir.IntType(code.lanes)), to)
 
 
-def _input_row(code: Code, pixels: list, sign) -> list:
-    factor = code.splat(sign)
-    a, b, c, d = (code.multiply_add(factor, pixels[4 + n], pixels[n]) for n in range(4))
-    return [code.subtract(a, c), code.add(b, c), code.subtract(c, b), code.subtract(b, d)]
+# Of a column of numbers, given one by one on demand, the rows of a group (see ROOTS) of their transform.
 
 
-def _grad_row(code: Code, pixels: list, above, below) -> list:
-    a, b = code.splat(above), code.splat(below)
-    left, right = (code.multiply_add(b, pixels[2 + n], code.builder.fmul(a, pixels[n])) for n in range(2))
-    return [left, code.add(left, right), code.subtract(left, right), code.builder.fneg(right)]
+def _input_rows(code: Code, x: Callable, group: int) -> list:
+    """Of `B^T x`."""
+    if group in (0, 3):
+        first = group // 3
+        return [code.multiply_add(code.number(-2.5), x(first + 2), code.add(x(first), x(first + 4)))]
+    root = ROOTS[group]
+    even = code.multiply_add(code.number(-1 / root**2), x(2), x(4))
+    odd = code.multiply_add(code.number(-1 / root**2), x(1), x(3))
+    return [code.multiply_add(code.number(sign * root), odd, even) for sign in (1, -1)]
 
 
-def _write_columns(code: Code, row, images, out, out_next) -> None:
-    """Vectors of channels of each image (`row`), as steps of a right matrix."""
-    together = 2 if code.bfloat16 else 1
-    with code.repeat(code.builder.udiv(images, ir.Constant(I64, together))) as step:
-        found = [row(code.at(code.times(step, together), image)) for image in range(together)]
-        for number, values in enumerate(zip(*found, strict=True)):
-            value = code.narrowed_pairs(*values) if code.bfloat16 else values[0]
-            code.write(value, code.at(out, code.times(step, 4 * code.lanes), code.times(out_next, number)))
+def _grad_rows(code: Code, y: Callable, group: int) -> list:
+    """Of `A y`."""
+    if group in (0, 3):
+        return [y(group)]
+    root = ROOTS[group]
+    even = code.multiply_add(code.number(root**2), y(2), y(0))
+    odd = code.multiply_add(code.number(root**2), y(3), y(1))
+    return [code.multiply_add(code.number(sign * root), odd, even) for sign in (1, -1)]
+
+
+def _filter_rows(code: Code, w: Callable, group: int) -> list:
+    """Of `G w`."""
+    if group in (0, 3):
+        return [w(2 * group // 3)]
+    root, scale = ROOTS[group], SCALES[group]
+    even = code.multiply(code.number(scale), code.multiply_add(code.number(root**2), w(2), w(0)))
+    middle = w(1)
+    return [code.multiply_add(code.number(sign * scale * root), middle, even) for sign in (1, -1)]
+
+
+def _transformed(code: Code, value: Callable, size: int, some_rows: Callable) -> Iterator:
+    """The 36 numbers of `size` by `size`, row by row; `value(i, j)` is one of those."""
+    for group in range(4):
+        columns = [some_rows(code, lambda row, column=column: value(row, column), group) for column in range(size)]
+        for row in zip(*columns, strict=True):
+            for other in range(4):
+                yield from some_rows(code, row.__getitem__, other)
+
+
+# And the other way round.
+
+
+def _output_column(code: Code, m: list) -> list:
+    """`A^T m`."""
+    (p, q), (sum_p, less_p), (sum_q, less_q) = ROOTS.values(), *_sums_and_differences(code, m)
+    return [
+        code.add(m[0], sum_p, sum_q),
+        code.multiply_add(code.number(p), less_p, code.multiply(code.number(q), less_q)),
+        code.multiply_add(code.number(p**2), sum_p, code.multiply(code.number(q**2), sum_q)),
+        code.multiply_add(code.number(p**3), less_p, code.multiply_add(code.number(q**3), less_q, m[5])),
+    ]
+
+
+def _filter_gradient(code: Code, e: list) -> list:
+    """`G^T e`."""
+    (p, q), (scale_p, scale_q) = ROOTS.values(), SCALES.values()
+    (sum_p, less_p), (sum_q, less_q) = _sums_and_differences(code, e)
+    above = code.multiply_add(code.number(scale_p), sum_p, code.multiply_add(code.number(scale_q), sum_q, e[0]))
+    middle = code.multiply_add(code.number(scale_p * p), less_p, code.multiply(code.number(scale_q * q), less_q))
+    below = code.multiply_add(
+        code.number(scale_p * p**2), sum_p, code.multiply_add(code.number(scale_q * q**2), sum_q, e[5])
+    )
+    return [above, middle, below]
+
+
+def _sums_and_differences(code: Code, numbers: list) -> list:
+    """Of the rows of p and -p, and of q and -q."""
+    return [(code.add(one, other), code.subtract(one, other)) for one, other in (numbers[1:3], numbers[3:5])]
+
+
+def _folded(code: Code, numbers: list, column: Callable) -> list:
+    """Of 36 numbers, what `column` makes of columns and then of rows."""
+    columns = [column(code, numbers[start::EDGE]) for start in range(EDGE)]
+    return [value for row in zip(*columns, strict=True) for value in column(code, list(row))]
 
 
 def _output(code: Code, tiles, tiles_next, image, half: int) -> list:
     start = code.at(tiles, code.times(image, 8 * code.lanes), 4 * code.lanes * half)
-    m = [code.read(code.at(start, code.times(tiles_next, number)), code.wide) for number in range(16)]
-    above = [code.add(m[n], m[4 + n], m[8 + n]) for n in range(4)]
-    below = [code.subtract(m[4 + n], m[8 + n], m[12 + n]) for n in range(4)]
-    return [pixel for a, b, c, d in (above, below) for pixel in (code.add(a, b, c), code.subtract(b, c, d))]
+    m = [code.read(code.at(start, code.times(tiles_next, number)), code.wide) for number in range(EDGE * EDGE)]
+    return _folded(code, m, _output_column)
+
+
+# Memory
+
+
+def _pixels(code: Code, pixels, side: int, offset) -> Callable:
+    """A vector of pixel (i, j), whose address stands at `pixels` with those of side x side."""
+    return lambda i, j: code.load(code.at(code.read(code.at(pixels, 8 * (side * i + j)), I64), offset))
+
+
+def _together(code: Code) -> int:
+    """How many numbers a step is made of."""
+    return 2 if code.bfloat16 else 1
+
+
+def _steps(code: Code, tiles: list[Iterator]) -> Iterator:
+    """The numbers of a transformed tile, or of two in pairs."""
+    for values in zip(*tiles, strict=True):
+        yield code.narrowed_pairs(*values) if code.bfloat16 else values[0]
+
+
+def _write_columns(code: Code, tile: Callable, images, outs, out_next) -> None:
+    """Vectors of channels of each image, `tile(image)`, as steps of right matrices: see `input_to_columns`."""
+    places = code.addresses(outs, 4)
+    together = _together(code)
+    with code.repeat(code.builder.udiv(images, ir.Constant(I64, together))) as step:
+        tiles = [tile(code.at(code.times(step, together), image)) for image in range(together)]
+        for number, value in enumerate(_steps(code, tiles)):
+            place = places[2 * (number // EDGE == EDGE - 1) + (number % EDGE == EDGE - 1)]
+            code.write(value, code.at(place, code.times(step, 4 * code.lanes), code.times(out_next, number)))
 
 
 def _places_of_bits(code: Code, which, first):
@@ -158,15 +286,11 @@ def _places_of_bits(code: Code, which, first):
     return code.at(which, words, byte), code.at(which, words, byte, 4)
 
 
-def _read_bits(code: Code, which, first) -> list:
-    kind, mask = ir.IntType(code.lanes), ir.VectorType(ir.IntType(1), code.lanes)
-    return [code.builder.bitcast(code.read(place, kind), mask) for place in _places_of_bits(code, which, first)]
-
-
 def _scattered(code: Code, value, which, first) -> list:
     """2 x 2 vectors: `value` where the bits say so, 0 in the other three."""
     builder, zeros = code.builder, code.zeros(value.type)
-    lower, right = _read_bits(code, which, first)
+    kind, mask = ir.IntType(code.lanes), ir.VectorType(ir.IntType(1), code.lanes)
+    lower, right = (builder.bitcast(code.read(place, kind), mask) for place in _places_of_bits(code, which, first))
     halves = builder.select(lower, zeros, value), builder.select(lower, value, zeros)
     return [
         part for half in halves for part in (builder.select(right, zeros, half), builder.select(right, half, zeros))
