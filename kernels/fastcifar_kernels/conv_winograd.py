@@ -69,8 +69,7 @@ def backward(
         u = _transformed(w_OCHW, dtype, turned=True)
         to = grad_x_GHWMC.data_ptr(), height, width, channels, pool
         parts = parts_of(groups * _tiles(height, width))
-        unpooled = torch.empty((parts, rows * columns * GROUP * filters if pool else 0), dtype=dtype)
-        buffers = *_buffers(parts, filters, channels, dtype), as_array(unpooled)
+        buffers = _buffers(parts, filters, channels, dtype)
         _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
     tile_bytes = E * GROUP * (channels + filters) * dtype.itemsize
     count = min(groups * _tiles(rows, columns), max(1, BAND_BYTES // tile_bytes))
@@ -163,23 +162,32 @@ def _share(part, parts, g, groups, tiles):  # pragma: no cover
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _convolve(
-    vector, size, begin, end, x, height, width, channels, u, filters, out, rows, columns, which, pool,
+    vector, size, begin, end, x, x_which, height, width, channels, u, filters, out, which, rows, columns,
     v, m, places, zeros, beyond,
 ):  # fmt: skip  # pragma: no cover
-    """Some tiles of a group, one by one: 36 matrices `v`, whose products with two vectors of columns of `u` are `m`."""
+    """Some tiles of a group, one by one: 36 matrices `v`, whose products with two vectors of columns of `u` are `m`.
+
+    Of what has been pooled, `height` and `width`, or `rows` and `columns`, are from before, and there is a `which`.
+    """
     lanes, at = len(vector), places.ctypes.data
-    pixel, out_pixel, bits_pixel = GROUP * channels * size, GROUP * filters * size, GROUP * filters // 4
+    pixel, bits_pixel = GROUP * channels * size, GROUP * channels // 4
+    out_pixel, out_bits_pixel = GROUP * filters * size, GROUP * filters // 4
     v_next, m_next = pixel + GAP_BYTES, GROUP * lanes * 8 + GAP_BYTES
     steps = channels * size // 4
     u_next = steps * lanes * 4  # from one vector of columns to the next
     tiles_j = (columns + TILE - 1) // TILE
     for tile in range(begin, end):
         i, j = tile // tiles_j * TILE, tile % tiles_j * TILE
-        _find(x, height, width, pixel, zeros, i - 1, j - 1, EDGE, places)
-        winograd.input_to_tiles(vector, at, GROUP * channels, v, v_next)
-        if pool:
+        if x_which:
+            _find(x, height // 2, width // 2, pixel, zeros, i // 2 - 1, j // 2 - 1, 4, places)
+            _find(x_which, height // 2, width // 2, bits_pixel, zeros, i // 2 - 1, j // 2 - 1, 4, places[16:])
+            winograd.pooled_grad_to_tiles(vector, at, GROUP * channels, v, v_next)
+        else:
+            _find(x, height, width, pixel, zeros, i - 1, j - 1, EDGE, places)
+            winograd.input_to_tiles(vector, at, GROUP * channels, v, v_next)
+        if which:
             _find(out, rows // 2, columns // 2, out_pixel, beyond, i // 2, j // 2, 2, places)
-            _find(which, rows // 2, columns // 2, bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
+            _find(which, rows // 2, columns // 2, out_bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
         else:
             _find(out, rows, columns, out_pixel, beyond, i, j, TILE, places)
         e_rows = EDGE if i + TILE <= rows else EDGE - 1
@@ -191,7 +199,7 @@ def _convolve(
                     for image in range(0, GROUP, lanes // 2):
                         left, to = v + e * v_next + image * channels * size, m + e * m_next + image * lanes * 8
                         multiply(vector, left, channels * size, 4, right, u_next, lanes * 4, steps, to, lanes * 8)
-            if pool:
+            if which:
                 winograd.tiles_to_largest(vector, m, m_next, GROUP, at, channel, filters)
             else:
                 winograd.tiles_to_output(vector, m, m_next, GROUP, at, channel, filters)
@@ -212,27 +220,17 @@ def _forward(
                 continue
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
             _convolve(
-                vector, size, begin, end, x + g * height * width * GROUP * channels * size, height, width, channels,
-                u, filters, out + first * size, rows, columns, which + first // 4, pool,
+                vector, size, begin, end, x + g * height * width * GROUP * channels * size, 0, height, width, channels,
+                u, filters, out + first * size, which + first // 4 if pool else 0, rows, columns,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
             )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def _unpool(vector, size, grad, which, rows, columns, filters, places, out):  # pragma: no cover
-    """The gradient of one group before pooling, [rows, columns, M, O]."""
-    length = GROUP * filters
-    for pixel in range(rows // 2 * (columns // 2)):
-        i, j = pixel // (columns // 2) * 2, pixel % (columns // 2) * 2
-        _find(out, rows, columns, length * size, 0, i, j, 2, places)
-        winograd.unpool(vector, grad + pixel * length * size, which + pixel * length // 4, length, places.ctypes.data)
-
-
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_input(
     vector, size, grad, which, groups, rows, columns, filters, u, out, height, width, channels, pool,
-    v_P, m_P, places_P, zeros_P, beyond_P, unpooled_P,
+    v_P, m_P, places_P, zeros_P, beyond_P,
 ):  # fmt: skip  # pragma: no cover
     """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
     parts = len(places_P)
@@ -243,13 +241,9 @@ def _to_input(
             if begin == end:
                 continue
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
-            own, bits = grad + first * size, which + first // 4
-            if pool:
-                own = unpooled_P[part].ctypes.data
-                _unpool(vector, size, grad + first * size, bits, rows, columns, filters, places_P[part], own)
             _convolve(
-                vector, size, begin, end, own, rows, columns, filters, u, channels,
-                out + g * height * width * GROUP * channels * size, height, width, 0, False,
+                vector, size, begin, end, grad + first * size, which + first // 4 if pool else 0, rows, columns,
+                filters, u, channels, out + g * height * width * GROUP * channels * size, 0, height, width,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
             )  # fmt: skip

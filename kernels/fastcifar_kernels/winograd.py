@@ -19,6 +19,7 @@ See `vectors.py` for what the functions take.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import product
 
 from llvmlite import ir
 
@@ -66,6 +67,25 @@ def input_to_tiles(code, pixels, length, out, out_next):
 
 
 @function
+def pooled_grad_to_tiles(code, pixels, length, out, out_next):
+    """The same of a gradient that of each 2 x 2 pixels only the largest has: see `tiles_to_largest`.
+
+    At `pixels` stand the addresses of 4 x 4 pixels, and of what tells which was the largest. The 6 x 6 are all of the
+    inner ones, and those neighbours of the outer ones.
+    """
+    code = code.of_whole_lines()
+    with code.repeat(code.builder.udiv(length, ir.Constant(I64, code.lanes))) as turn:
+        first = code.times(turn, code.lanes)
+        offset = code.times(first, code.size)
+        value, which = _pixels(code, pixels, TILE, offset), _addresses(code, code.at(pixels, 8 * TILE * TILE), TILE)
+        x = {}
+        for i, j in product(range(TILE), repeat=2):
+            x |= _scattered(code, value(i, j), which(i, j), first, 2 * i - 1, 2 * j - 1)
+        for number, some in enumerate(_transformed(code, lambda i, j: x[i, j], EDGE, _input_rows)):
+            code.write(code.narrowed(some), code.at(out, offset, code.times(out_next, number)))
+
+
+@function
 def input_to_columns(code, pixels, channel, channels, images, outs, out_next):
     """The same of a vector of channels, as steps of right matrices whose columns they are: they sum over images.
 
@@ -94,32 +114,16 @@ def grad_to_columns(code, pixels, channel, channels, images, outs, out_next):
 @function
 def pooled_grad_to_columns(code, pixels, channel, channels, images, outs, out_next):
     """The same where of 2 x 2 pixels only the largest has a gradient: see `tiles_to_largest`."""
-    places = code.addresses(pixels, 8)
+    which = _addresses(code, code.at(pixels, 8 * 4), 2)
 
     def tile(image):
         first = code.at(code.times(image, channels), channel)
-        offset = code.times(first, code.size)
-        y = {}
-        for number, (place, which) in enumerate(zip(places[:4], places[4:], strict=True)):
-            i, j = 2 * (number // 2), 2 * (number % 2)
-            y[i, j], y[i, j + 1], y[i + 1, j], y[i + 1, j + 1] = _scattered(
-                code, code.load(code.at(place, offset)), which, first
-            )
+        value, y = _pixels(code, pixels, 2, code.times(first, code.size)), {}
+        for i, j in product(range(2), repeat=2):
+            y |= _scattered(code, value(i, j), which(i, j), first, 2 * i, 2 * j)
         return _transformed(code, lambda i, j: y[i, j], TILE, _grad_rows)
 
     _write_columns(code, tile, images, outs, out_next)
-
-
-@function
-def unpool(code, grad, which, length, pixels):
-    """`length` numbers to those of 2 x 2 pixels that they belong to, 0 to the others."""
-    places = code.addresses(pixels, 4)
-    with code.repeat(code.builder.udiv(length, ir.Constant(I64, code.lanes))) as turn:
-        first = code.times(turn, code.lanes)
-        offset = code.times(first, code.size)
-        value = code.read(code.at(grad, offset), code.narrow)
-        for place, part in zip(places, _scattered(code, value, which, first), strict=True):
-            code.write(part, code.at(place, offset))
 
 
 @function
@@ -253,8 +257,14 @@ def _output(code: Code, tiles, tiles_next, image, half: int) -> list:
 
 
 def _pixels(code: Code, pixels, side: int, offset) -> Callable:
-    """A vector of pixel (i, j), whose address stands at `pixels` with those of side x side."""
-    return lambda i, j: code.load(code.at(code.read(code.at(pixels, 8 * (side * i + j)), I64), offset))
+    """A vector of pixel (i, j), of those of side x side, whose addresses stand at `pixels`."""
+    address = _addresses(code, pixels, side)
+    return lambda i, j: code.load(code.at(address(i, j), offset))
+
+
+def _addresses(code: Code, places, side: int) -> Callable:
+    """That of pixel (i, j), of those of side x side, which stand at `places`."""
+    return lambda i, j: code.read(code.at(places, 8 * (side * i + j)), I64)
 
 
 def _together(code: Code) -> int:
@@ -286,12 +296,13 @@ def _places_of_bits(code: Code, which, first):
     return code.at(which, words, byte), code.at(which, words, byte, 4)
 
 
-def _scattered(code: Code, value, which, first) -> list:
-    """2 x 2 vectors: `value` where the bits say so, 0 in the other three."""
+def _scattered(code: Code, value, which, first, i: int, j: int) -> dict:
+    """2 x 2 vectors from pixel (i, j) on: `value` where the bits say so, 0 in the other three."""
     builder, zeros = code.builder, code.zeros(value.type)
     kind, mask = ir.IntType(code.lanes), ir.VectorType(ir.IntType(1), code.lanes)
     lower, right = (builder.bitcast(code.read(place, kind), mask) for place in _places_of_bits(code, which, first))
-    halves = builder.select(lower, zeros, value), builder.select(lower, value, zeros)
-    return [
-        part for half in halves for part in (builder.select(right, zeros, half), builder.select(right, half, zeros))
-    ]
+    found = {}
+    for row, half in enumerate((builder.select(lower, zeros, value), builder.select(lower, value, zeros))):
+        found[i + row, j] = builder.select(right, zeros, half)
+        found[i + row, j + 1] = builder.select(right, half, zeros)
+    return found

@@ -246,7 +246,7 @@ NUMBA = (
      "(builder.select(right, zeros, half), builder.select(right, half, zeros))",
      "(builder.select(right, half, zeros), builder.select(right, zeros, half))", CB),
     ("Winograd: row above the image", "conv_winograd.py", "0 <= top + i < rows", "top + i < rows", CB),
-    ("Winograd: column beside the image", "conv_winograd.py", "0 <= left + j < columns", "0 <= left + j <= columns", CB),
+    ("Winograd: first column", "conv_winograd.py", "0 <= left + j < columns", "0 < left + j < columns", CB),
     ("Winograd: last row of products left out", "conv_winograd.py", "if i + TILE <= rows", "if i + TILE < rows", CB),
     ("Winograd: filters not turned", "conv_winograd.py", "(first + 8 * neighbour, -neighbour) if turned",
      "(first, neighbour) if turned", CB),
@@ -258,7 +258,8 @@ NUMBA = (
     ("Winograd: gradient of the first group alone", "conv_winograd.py",
      "x + g * height * width * GROUP * channels * size, height, width, channels,\n                    i, j",
      "x, height, width, channels,\n                    i, j", CB),
-    ("Winograd: tiles without a last column in its sum", "conv_winograd.py", "if has else count", "", CB),
+    ("Winograd: tiles without a last column in its sum", "conv_winograd.py", "used[what] += has",
+     "used[what] += 1", CB),
     ("Winograd: second half of the columns", "vectors.py", "code.at(right, b_next)", "right", CB),
     ("Winograd: rows of a block", "vectors.py", "code.at(left, code.times(a_row, row))", "left", CB),
     # bn_gelu
