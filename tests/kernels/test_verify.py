@@ -171,7 +171,7 @@ def test_gradients_away_from_ties_are_most_of_them(dtype):
     found = next(one for one in verify.cases(SHAPE, "cpu") if (one.op, one.variant) == ("conv_blocked", "pool"))
     given = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
     kept = verify.away_from_ties(found, given) != 0
-    assert kept.double().mean() > 0.9
+    assert kept.double().mean() > 0.8
 
 
 def test_reading_outside_shows():
