@@ -35,8 +35,9 @@ def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
 
     Returns:
         [G, H, W, 32, O], or [G, H // 2, W // 2, 32, O], contiguous, of the type of `x_GHWMC`. The loops may
-        leave NaN out of the largest of four, where torch takes it. Without AMX, errors in bfloat16 are twice those of
-        torch: what is multiplied has been transformed and rounded once more.
+        leave NaN out of the largest of four, where torch takes it. Without AMX, what is multiplied has been
+        transformed and rounded once more: in bfloat16 errors are 1.2 % of the result's size (root mean square; torch:
+        0.2 %), and NaN or infinity in a pixel spreads to tiles of 4 x 4.
 
     Raises:
         ValueError: shapes, types or devices do not belong together.

@@ -61,26 +61,18 @@ def backward(
     groups, height, width, _, channels = x_GHWMC.shape
     _, rows, columns, _, filters = grad_GHWMO.shape
     rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
-    dtype = x_GHWMC.dtype
-    how = vector_of(dtype), dtype.itemsize
-    given = grad_GHWMO.data_ptr(), which.data_ptr()
-    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=dtype)
+    how = vector_of(x_GHWMC.dtype), x_GHWMC.dtype.itemsize
+    of_output = grad_GHWMO.data_ptr(), which.data_ptr(), rows, columns, filters, pool
+    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=x_GHWMC.dtype)
     if to_input:
-        u = _transformed(w_OCHW, dtype, turned=True)
-        to = grad_x_GHWMC.data_ptr(), height, width, channels, pool
-        parts = parts_of(groups * _tiles(height, width))
-        buffers = _buffers(parts, filters, channels, dtype)
-        _to_input(*how, *given, groups, rows, columns, filters, u.data_ptr(), *to, *buffers)
-    tile_bytes = E * GROUP * (channels + filters) * dtype.itemsize
-    count = min(groups * _tiles(rows, columns), max(1, BAND_BYTES // tile_bytes))
-    # Of one tile more, for what no product needs.
-    left, right = (_matrices((count + 1) * GROUP * length, dtype) for length in (filters, channels))
-    zeros = torch.zeros(GROUP * max(channels, filters), dtype=dtype)
-    places = np.empty((count * (channels + filters) // 32, E + 4), np.int64)
+        u = _transformed(w_OCHW, x_GHWMC.dtype, turned=True)
+        to = grad_x_GHWMC.data_ptr(), groups, height, width, channels
+        buffers = _buffers(parts_of(groups * _tiles(height, width)), filters, channels, x_GHWMC.dtype)
+        _to_input(*how, *of_output, u.data_ptr(), *to, *buffers)
     sums_EOC = torch.empty((E, filters, channels))
-    shape = groups, height, width, channels, *given, rows, columns, filters, pool
-    buffers = sums_EOC.data_ptr(), count, left.data_ptr(), right.data_ptr(), places, np.empty((count, 4), np.int64)
-    _to_filters(*how, x_GHWMC.data_ptr(), *shape, *buffers, zeros.data_ptr())
+    of_input = x_GHWMC.data_ptr(), groups, height, width, channels
+    buffers = _bands(groups * _tiles(rows, columns), channels, filters, x_GHWMC.dtype)
+    _to_filters(*how, *of_input, *of_output, sums_EOC.data_ptr(), *buffers)
     grad_w_OHWC = torch.empty((filters, 3, 3, channels))
     _unpack_sums(vector_of(torch.float32), sums_EOC.data_ptr(), filters, channels, grad_w_OHWC.data_ptr())
     return grad_x_GHWMC, grad_w_OHWC.to(w_OCHW.dtype).permute(0, 3, 1, 2)
@@ -111,6 +103,16 @@ def _buffers(parts: int, channels: int, filters: int, dtype: torch.dtype) -> lis
     beyond = torch.empty((parts, GROUP * filters), dtype=dtype)
     places = np.empty((parts, E), np.int64)
     return [as_array(tile), as_array(products), places, as_array(zeros), as_array(beyond)]
+
+
+def _bands(tiles: int, channels: int, filters: int, dtype: torch.dtype) -> list:
+    """How many of these tiles `_to_filters` takes at a time, and memory for them."""
+    count = min(tiles, max(1, BAND_BYTES // (E * GROUP * (channels + filters) * dtype.itemsize)))
+    # Of one tile more, for what no product needs.
+    left, right = (_matrices((count + 1) * GROUP * length, dtype) for length in (filters, channels))
+    zeros = torch.zeros((1, GROUP * max(channels, filters)), dtype=dtype)
+    places, slots = np.empty((count * (channels + filters) // 32, E + 4), np.int64), np.empty((count + 1, 4), np.int64)
+    return [as_array(left), as_array(right), as_array(zeros), places, slots]
 
 
 def _matrices(numbers: int, dtype: torch.dtype, parts: int = 1) -> Tensor:
@@ -167,7 +169,8 @@ def _convolve(
 ):  # fmt: skip  # pragma: no cover
     """Some tiles of a group, one by one: 36 matrices `v`, whose products with two vectors of columns of `u` are `m`.
 
-    Of what has been pooled, `height` and `width`, or `rows` and `columns`, are from before, and there is a `which`.
+    Of what has been pooled, `height` and `width`, or `rows` and `columns`, are from before, and there is a `which`; of
+    other maps it is np.int64(0), as numba would compile all this anew for a 0.
     """
     lanes, at = len(vector), places.ctypes.data
     pixel, bits_pixel = GROUP * channels * size, GROUP * channels // 4
@@ -220,8 +223,8 @@ def _forward(
                 continue
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
             _convolve(
-                vector, size, begin, end, x + g * height * width * GROUP * channels * size, 0, height, width, channels,
-                u, filters, out + first * size, which + first // 4 if pool else 0, rows, columns,
+                vector, size, begin, end, x + g * height * width * GROUP * channels * size, np.int64(0), height, width,
+                channels, u, filters, out + first * size, which + first // 4 if pool else 0, rows, columns,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
             )  # fmt: skip
@@ -229,7 +232,7 @@ def _forward(
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_input(
-    vector, size, grad, which, groups, rows, columns, filters, u, out, height, width, channels, pool,
+    vector, size, grad, which, rows, columns, filters, pool, u, out, groups, height, width, channels,
     v_P, m_P, places_P, zeros_P, beyond_P,
 ):  # fmt: skip  # pragma: no cover
     """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
@@ -243,7 +246,7 @@ def _to_input(
             first = g * (rows * columns // 4 if pool else rows * columns) * GROUP * filters
             _convolve(
                 vector, size, begin, end, grad + first * size, which + first // 4 if pool else 0, rows, columns,
-                filters, u, channels, out + g * height * width * GROUP * channels * size, 0, height, width,
+                filters, u, channels, out + g * height * width * GROUP * channels * size, np.int64(0), height, width,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
                 zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
             )  # fmt: skip
@@ -251,16 +254,17 @@ def _to_input(
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_filters(
-    vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool,
-    sums, count, left, right, places_U, slots_N4, zeros,
+    vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool, sums,
+    left_1, right_1, zeros_1, places_U, slots_N4,
 ):  # fmt: skip  # pragma: no cover
-    """The transformed gradient of the filters, of `count` tiles at a time: threads transform them, then multiply."""
+    """The transformed gradient of the filters, of some tiles at a time: threads transform them, then multiply."""
+    count, left, right, zeros = len(slots_N4) - 1, left_1.ctypes.data, right_1.ctypes.data, zeros_1.ctypes.data
     tiles_j = (columns + TILE - 1) // TILE
     tiles = (rows + TILE - 1) // TILE * tiles_j
     blocks = (channels + filters) // 32
     for begin in range(0, groups * tiles, count):
         end = min(groups * tiles, begin + count)
-        used = _find_slots(begin, end, tiles, tiles_j, rows, columns, count, slots_N4)
+        _find_slots(begin, end, tiles, tiles_j, rows, columns, slots_N4)
         for unit in numba.prange((end - begin) * blocks):
             tile, block = unit // blocks, unit % blocks
             g, i, j = (begin + tile) // tiles, (begin + tile) % tiles // tiles_j, (begin + tile) % tiles % tiles_j
@@ -276,25 +280,25 @@ def _to_filters(
                 )  # fmt: skip
         for unit in numba.prange(E * filters // 32):
             e, o = unit // (filters // 32), unit % (filters // 32) * 32
-            steps = used[2 * (e // EDGE == EDGE - 1) + (e % EDGE == EDGE - 1)] * GROUP * size // 4
+            steps = slots_N4[count, 2 * (e // EDGE == EDGE - 1) + (e % EDGE == EDGE - 1)] * GROUP * size // 4
             _add_products(vector, size, e, o, channels, filters, count, left, right, steps, sums, begin > 0)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
-def _find_slots(begin, end, tiles, tiles_j, rows, columns, count, slots_N4):  # pragma: no cover
-    """Where each tile stands among those that have what is summed; slot `count` is for those that have not.
+def _find_slots(begin, end, tiles, tiles_j, rows, columns, slots_N4):  # pragma: no cover
+    """Where each tile stands among those that have what is summed; the others share a place behind them all.
 
-    By turns: anything; a last column, of 4; a last row; both. Returns how many tiles have it.
+    By turns: anything; a last column, of 4; a last row; both. Last how many tiles have it.
     """
-    used = [0, 0, 0, 0]
+    used_4, behind = slots_N4[-1], len(slots_N4) - 1
+    used_4[:] = 0
     for number in range(begin, end):
         i, j = number % tiles // tiles_j, number % tiles % tiles_j
         below, right = TILE * i + TILE <= rows, TILE * j + TILE <= columns
         for what in range(4):
             has = (below or what < 2) and (right or what % 2 == 0)
-            slots_N4[number - begin, what] = used[what] if has else count
-            used[what] += has
-    return used
+            slots_N4[number - begin, what] = used_4[what] if has else behind
+            used_4[what] += has
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

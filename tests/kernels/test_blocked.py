@@ -221,10 +221,7 @@ def test_autocast_changes_nothing_inside_an_operator(operator):
 @pytest.mark.skipif(numba.get_num_threads() < 2, reason="a single thread is all there is")
 @pytest.mark.parametrize("operator", REFERENCES)
 def test_bits_do_not_depend_on_the_number_of_threads(operator):
-    """But for the gradient of a convolution's filters on AMX, where every thread sums up its own groups.
-
-    Without AMX it takes 3, or more than 4, threads for that (`conv_winograd.py`).
-    """
+    """But for the gradient of a convolution's filters on AMX, where every thread sums up its own groups."""
     before = numba.get_num_threads()
     found = []
     try:

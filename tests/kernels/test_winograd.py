@@ -68,7 +68,7 @@ def test_any_shape_however_much_is_done_at_a_time(shape, band_bytes):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 6, 100])
 def test_threads_share_the_tiles(threads, dtype, monkeypatch):
-    """Also those of one group; for the gradient of the filters groups, and rows of what is transformed."""
+    """Also those of one group; for the gradient of the filters they do everything together."""
     monkeypatch.setattr(numba, "get_num_threads", lambda: threads)
     x_GHWMC, w_OCHW = normal(4, 4, 5, 32, 64, dtype=dtype), normal(32, 64, 3, 3, seed=1) / 24
     grad = normal(4, 2, 2, 32, 32, seed=2, dtype=dtype)
