@@ -5,7 +5,7 @@ python -m fastcifar_kernels.verify [--op NAME ...]
 What is allowed is not a constant but derived from each input: twice what plain torch in the same type gets wrong, plus
 twice what a float32 rounding of every argument changes (a sum of a few values may be exact in torch by luck) and what
 the polynomials in place of GELU are off, plus one rounding of the result, and where a convolution multiplies
-transformed images (`conv_winograd.py`) four more, and sixteen of float32. Every tensor that a kernel writes is filled
+transformed images (`conv_winograd.py`) four more, and 32 of float32. Every tensor that a kernel writes is filled
 with NaN first, and every tensor that it reads or writes lies between strips of NaN: what is not written, or read from
 outside, shows. Each is run twice (but not in the interpreter) and must give the same bits.
 
@@ -80,7 +80,7 @@ POOL_VARIANTS = {
 }
 
 # Winograd's transformations enlarge roundings of what is multiplied, and their own: so many of these they may cost.
-TRANSFORMED, TRANSFORMING = 4, 16
+TRANSFORMED, TRANSFORMING = 4, 32
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
 banded = sys.modules["fastcifar_kernels.conv_amx"]
