@@ -10,7 +10,7 @@ The last row and column of the 36 count for the last of four pixels alone, and a
 of 7 x 7 takes 11 x 11 products, not 12 x 12.
 
 What is between input and output stays in a core's cache: it is done a tile at a time, or some for the gradient of the
-filters. As the images of a group lie side by side at every pixel, transforming them is adding and subtracting rows of
+filters. As the images of a group lie side by side at every pixel, transforming them is arithmetic on rows of
 32 C numbers.
 
 Shapes as in `conv_blocked`; a tile is 4 x 4 pixels of the output of a group, E = 36 numbers that it is made of.
@@ -32,7 +32,7 @@ from fastcifar_kernels.winograd import EDGE, TILE
 
 E = EDGE * EDGE
 # Of transformed input and gradient, that the gradient of the filters sums over at a time: the more, the less often its
-# sums are loaded and stored.
+# sums are loaded and stored. 1 MB takes 1.3 times as long for 256 filters of as many channels, 32 MB for 64 of 32.
 BAND_BYTES = 2**23
 # Between matrices of neighbouring numbers of E: at distances of 4096 bytes they would share a place in the cache.
 GAP_BYTES = 64

@@ -172,15 +172,14 @@ def function(write: Callable[..., None]) -> Any:
     """Make a function for numba loops of one that writes it: `vector` in place of the code, then numbers."""
 
     def typer(vector, *numbers):
-        kinds = [types.float32 if number == types.float32 else types.int64 for number in numbers]
-        if types.float64 in numbers:
+        if not all(isinstance(number, types.Integer) for number in numbers):
             return None  # to numba: there is no such function
 
         def generate(context, builder, signature, arguments):
             write(Code(builder, vector), *arguments[1:])
             return context.get_dummy_value()
 
-        return types.void(vector, *kinds), generate
+        return types.void(vector, *[types.int64] * len(numbers)), generate
 
     names = write.__code__.co_varnames[1 : write.__code__.co_argcount]
     given = ", ".join(("vector", *names))
