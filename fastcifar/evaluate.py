@@ -15,6 +15,8 @@ from fastcifar.loaders.loader import Loader
 from fastcifar.settings import Tta
 
 CONFUSIONS = 10  # pairs of classes worth naming
+# Where shifted views begin in the padded image, from its upper left corner: down and to the right, times `shift_px`.
+SHIFTS = {"sides": ((0, 1), (2, 1), (1, 0), (1, 2)), "corners": ((0, 0), (2, 2))}
 EVALUATION_SHARE = 0.12  # of a budget, at most: a short one looks again at fewer images
 
 
@@ -53,23 +55,24 @@ def predict(model: nn.Module, x_BCHW: Tensor) -> Tensor:
     return answer(model, x_BCHW).softmax(1)
 
 
-def predict_views(model: nn.Module, x_BCHW: Tensor, shift_px: int) -> Tensor:
-    """Probabilities [B, K] averaged over an image and its mirror image, half of the weight, and both of these shifted.
+def predict_views(model: nn.Module, x_BCHW: Tensor, tta: Tta) -> Tensor:
+    """Class probabilities [B, K], float32, from the mean of the logits of several views.
 
-    The views and weights are those of cifar10-airbench; the shifted ones move up-left and down-right and reflect at the
-    border. With `shift_px` 0 there are only the image and its mirror image.
+    An image and its mirror image, half of the weight, and both of these shifted, reflected at the border. That logits
+    are averaged, and the weights, are cifar10-airbench's.
     """
 
     def both_sides(x_BCHW: Tensor) -> Tensor:
-        return (predict(model, x_BCHW) + predict(model, x_BCHW.flip(3))) / 2
+        return (answer(model, x_BCHW) + answer(model, x_BCHW.flip(3))) / 2
 
-    plain_BK = both_sides(x_BCHW)
-    if not shift_px:
-        return plain_BK
-    height, width = x_BCHW.shape[2:]
-    padded = F.pad(x_BCHW, (shift_px,) * 4, "reflect").contiguous(memory_format=torch.channels_last)
-    corners = padded[:, :, :height, :width], padded[:, :, 2 * shift_px :, 2 * shift_px :]
-    return plain_BK / 2 + sum(both_sides(corner) for corner in corners) / 4
+    logits_BK = both_sides(x_BCHW)
+    px, (height, width) = tta.shift_px, x_BCHW.shape[2:]
+    if px:
+        padded = F.pad(x_BCHW, (px,) * 4, "reflect").contiguous(memory_format=torch.channels_last)
+        corners = [(down * px, right * px) for down, right in SHIFTS[tta.shifts]]
+        shifted = sum(both_sides(padded[:, :, top : top + height, left : left + width]) for top, left in corners)
+        logits_BK = (logits_BK + shifted / len(corners)) / 2
+    return logits_BK.softmax(1)
 
 
 def evaluate(model: nn.Module, loader: Loader, classes: int, tta: Tta) -> Evaluation:
@@ -80,7 +83,7 @@ def evaluate(model: nn.Module, loader: Loader, classes: int, tta: Tta) -> Evalua
     plain_N = probability_NK.argmax(1)
     unsure_M = probability_NK.amax(1).topk(round(tta.share * len(labels_N)), largest=False).indices
     for ids_B in unsure_M.split(loader.batch_size) if len(unsure_M) else ():
-        probability_NK[ids_B] = predict_views(model, loader.take(ids_B), tta.shift_px)
+        probability_NK[ids_B] = predict_views(model, loader.take(ids_B), tta)
     augmented_N = probability_NK.argmax(1)
     confusion_KK = torch.bincount(labels_N * classes + augmented_N, minlength=classes**2).view(classes, classes)
     accuracy, accuracy_tta = ((answer == labels_N).double().mean().item() for answer in (plain_N, augmented_N))
@@ -107,7 +110,8 @@ def top_confusions(confusion_KK: np.ndarray, names: tuple[str, ...]) -> list[tup
 
 def looks_an_image(tta: Tta) -> float:
     """How often `evaluate` has the model look at an image, on average."""
-    return 1 + (6 if tta.shift_px else 2) * tta.share
+    views = 1 + len(SHIFTS[tta.shifts]) * (tta.shift_px > 0)
+    return 1 + 2 * views * tta.share
 
 
 def fit_tta(tta: Tta, look_s: float, images: int, budget_s: float) -> Tta:

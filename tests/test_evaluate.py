@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcifar.data.dataset import Split
-from fastcifar.evaluate import evaluate, judge, predict, predict_views, scores, top_confusions
+from fastcifar.evaluate import evaluate, judge, looks_an_image, predict, predict_views, scores, top_confusions
 from fastcifar.loaders.resident import ResidentLoader
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.settings import Tta
@@ -61,15 +61,34 @@ def test_the_loss_of_a_judgement_is_the_mean_over_all_images(model, loader):
     assert judge(model, loader).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_full_augmentation_is_the_weighted_mean_of_six_views(model, loader):
+@pytest.mark.parametrize(("shifts", "moves"), [
+    ("sides", [(0, 1), (2, 1), (1, 0), (1, 2)]),
+    ("corners", [(0, 0), (2, 2)]),
+])  # fmt: skip
+@pytest.mark.parametrize("px", [1, 2])
+def test_full_augmentation_is_the_weighted_mean_of_all_views(shifts, moves, px, model, loader):
     model.eval()
     x = loader.take(torch.arange(130))
-    padded = torch.nn.functional.pad(x, (1,) * 4, "reflect")
-    views = [(x, 1 / 4), (padded[:, :, :32, :32], 1 / 8), (padded[:, :, 2:, 2:], 1 / 8)]
-    expected = sum(weight * (predict(model, view) + predict(model, view.flip(3))) for view, weight in views)
-    torch.testing.assert_close(predict_views(model, x, 1), expected)
-    found = evaluate(model, loader, 5, Tta(share=1.0))
+    padded = torch.nn.functional.pad(x, (px,) * 4, "reflect")
+    views = [(x, 1 / 4)]
+    for down, right in moves:
+        top, left = px * down, px * right
+        views.append((padded[:, :, top : top + 32, left : left + 32], 1 / 4 / len(moves)))
+    with torch.no_grad():
+        logits = [weight * (model(view) + model(view.flip(3))) for view, weight in views]
+    expected = torch.stack(logits).sum(0).softmax(1)
+    tta = Tta(px, shifts, share=1.0)
+    torch.testing.assert_close(predict_views(model, x, tta), expected)
+    found = evaluate(model, loader, 5, tta)
     np.testing.assert_allclose(found.probability_NK, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tta", [Tta(share=0.5), Tta(shifts="corners", share=0.5), Tta(shift_px=0), Tta(share=0.0)])
+def test_looks_are_counted_as_they_are_taken(tta, model, loader, monkeypatch):
+    images, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda x: images.append(len(x)) or forward(x))
+    evaluate(model, loader, 5, tta)
+    assert sum(images) == 130 * looks_an_image(tta)
 
 
 def test_only_the_least_sure_images_are_looked_at_again(model, loader):
