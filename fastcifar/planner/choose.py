@@ -63,21 +63,22 @@ def choose(
     looked: list[Choice] = []
     for name in names:
         recipe = replace(find_recipe(name), dtype=dtype)
-        if looked and not might_win(recipe, curves[name], looked[-1], max(map(accuracy, looked))):
+        if looked and not might_win(recipe, curves[name], looked[-1], max(map(surely, looked))):
             break
         rates = measure_rates(recipe, classes, device, budget_s)
         looked.append(fit(name, recipe, rates, curves.get(name), images, budget_s, budget_s - spent_s()))
-    return sorted(looked, key=accuracy, reverse=True)
+    return sorted(looked, key=surely, reverse=True)
 
 
-def accuracy(choice: Choice) -> float:
-    return choice.expected.accuracy if choice.expected else 0.0
+def surely(choice: Choice) -> float:
+    """The accuracy that it will hardly miss: beyond its longest training a curve is a guess, and no guess shall win."""
+    return choice.expected.low if choice.expected else 0.0
 
 
 def might_win(recipe: Recipe, curve: Curve, last: Choice, best: float) -> bool:
     """Whether this recipe, as fast as one can hope, would be better than the best so far."""
     epochs = last.epochs * arithmetic(last.recipe) / arithmetic(recipe) * OPTIMISM
-    return 1 - curve.error(epochs) > best
+    return expect(curve, epochs, PACE_ERROR).low > best
 
 
 def arithmetic(recipe: Recipe) -> float:
