@@ -6,8 +6,8 @@ thousand times as slowly. As a plugin of pytest:
 
     PYTHONPATH=tests/kernels python -m pytest -p imitated_amx tests/kernels/test_amx.py
 
-Source: Intel's Software Developer's Manual, volume 2, and Linux's asm/ucontext.h. Unlike there, products are rounded
-before they are added, and subnormal numbers count.
+Source: Intel's Software Developer's Manual, volume 2, and Linux's asm/ucontext.h. Subnormal numbers count
+here; AMX takes them for 0.
 """
 
 # numba changes what its decorators wrap:
