@@ -56,7 +56,7 @@ GROWING = Stage(image_px=20, until=0.3), Stage(image_px=24, until=0.6), Stage(im
 # differ: LOG.md, 2026-11-20.
 #   fastcifar train --recipe speed --budget 5min
 # CIFAR-10 on 2 CPU cores with AMX: 94.5 % in 5 min, 91.4 % in 60 s; CIFAR-100: 72 % in 5 min. On 2 without AMX:
-# 94.3 % in 260 s, 14 epochs (README). No GPU measured.
+# 94.3 % in 260 s, 14 epochs (LOG.md). No GPU measured.
 SPEED = Recipe(
     batch_size=1024,
     min_steps=100,
