@@ -69,9 +69,9 @@ def predict_views(model: nn.Module, x_BCHW: Tensor, tta: Tta) -> Tensor:
     px, (height, width) = tta.shift_px, x_BCHW.shape[2:]
     if px:
         padded = F.pad(x_BCHW, (px,) * 4, "reflect").contiguous(memory_format=torch.channels_last)
-        corners = [(down * px, right * px) for down, right in SHIFTS[tta.shifts]]
-        shifted = sum(both_sides(padded[:, :, top : top + height, left : left + width]) for top, left in corners)
-        logits_BK = (logits_BK + shifted / len(corners)) / 2
+        starts = [(down * px, right * px) for down, right in SHIFTS[tta.shifts]]
+        shifted = sum(both_sides(padded[:, :, top : top + height, left : left + width]) for top, left in starts)
+        logits_BK = (logits_BK + shifted / len(starts)) / 2
     return logits_BK.softmax(1)
 
 

@@ -1,13 +1,13 @@
 """AMX where the processor has none: its instructions trap, and what they would have done is done here.
 
 A thread that meets an instruction its processor does not know gets SIGILL. The handler reads which one it was, does on
-arrays what the manual says, and lets the thread go on behind it. So the loops run as they are, assembly and all, some
-thousand times as slowly. As a plugin of pytest:
+arrays what the manual says, and lets the thread go on behind it. So the loops run as they are, assembly and all, but
+far more slowly. As a plugin of pytest:
 
     PYTHONPATH=tests/kernels python -m pytest -p imitated_amx tests/kernels/test_amx.py
 
-Source: Intel's Software Developer's Manual, volume 2, and Linux's asm/ucontext.h. Subnormal numbers count
-here; AMX takes them for 0.
+Source: Intel's Software Developer's Manual, volume 2, and Linux's asm/ucontext.h. Subnormal numbers count here, while
+AMX takes them for 0.
 """
 
 # numba changes what its decorators wrap:
@@ -26,9 +26,10 @@ from numba.np.numpy_support import carray
 from fastcifar_kernels import amx
 from fastcifar_kernels.loops import widen
 
-# Where a register's value lies in the context of a signal: 64-bit numbers, by the register's number in an instruction
-# (rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15).
-GENERAL, FIRST_REGISTER, RIP = np.array([13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7]), 40, 16
+REGISTERS_BYTE = 40  # where the 64-bit registers begin in the context of a signal
+# Which of them is which, by the number that an instruction gives it: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15.
+GENERAL = np.array([13, 14, 12, 11, 15, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7])
+RIP = 16
 LDTILECFG_TILEZERO, TILELOADD_TILESTORED, TDPBF16PS = 0x49, 0x4B, 0x5C
 NONE, F3, F2 = 0, 2, 3  # an instruction's prefix, as VEX encodes it
 SA_SIGINFO = 4
@@ -78,7 +79,7 @@ def multiply(out_MN, left_MK, right_KN2, sums_2N):
 
 @cfunc(types.void(types.int32, types.int64, types.int64))
 def imitate(signal_number, info, context):
-    registers = carray(pointer(context + FIRST_REGISTER), 23, np.int64)
+    registers = carray(pointer(context + REGISTERS_BYTE), 23, np.int64)
     code = carray(pointer(registers[RIP]), 15, np.uint8)
     thread = pthread_self()
     place = np.int64(thread >> np.uint64(12)) % PLACES

@@ -127,7 +127,7 @@ def test_the_best_comes_first(monkeypatch):
 
 
 def test_what_was_measured_beats_what_is_hoped_for(monkeypatch):
-    """15 minutes bought 58 epochs of `speed`, of which nothing beyond 16 is known, or 27 of `speed-wide`."""
+    """15 minutes bought 58 epochs of `speed`, whose curve ends at 16, or 30 of `speed-wide`."""
     images_s = {"speed-narrow": (15_000, 6_500), "speed": (6_300, 2_650), "speed-wide": (3_150, 1_190)}
     of_model = {find_recipe(name).model: pair for name, pair in images_s.items()}
     fake_rates(monkeypatch, speed=2e12)
