@@ -72,6 +72,11 @@ SPEED = Recipe(
 SPEED_NARROW = replace(SPEED, model=SpeedNetModel(widths=(32, 128, 128)))
 SPEED_WIDE = replace(SPEED, model=SpeedNetModel(widths=(128, 384, 384)))
 
+# Two of the wide one. From 24 epochs on more epochs buy next to nothing, a second network still does: 12 epochs of two
+# are as far as 24 of one, two trainings of 16 and 24 epochs together half a percent further (LOG.md).
+#   fastcifar train --recipe speed-pair --budget 15min
+SPEED_PAIR = replace(SPEED_WIDE, epochs=12.0, members=2)
+
 # The published method itself, cifar10-airbench's airbench94_muon.py: images of 32 pixels throughout, PyTorch's own
 # operators, every test image looked at six times. What `speed` is compared with. Its author: 94 % in 2.6 s on an A100.
 #   fastcifar train --recipe airbench94
@@ -225,6 +230,7 @@ NAMED = {
     ),
     "speed-narrow": Named("speed with half the channels, for seconds or a slow machine", SPEED_NARROW),
     "speed-wide": Named("speed with more channels, for minutes", SPEED_WIDE),
+    "speed-pair": Named("two of speed-wide side by side, for a quarter of an hour and more", SPEED_PAIR),
     "speed94": Named("speed for 94 %, as soon as possible", SPEED94),
     "speed95": Named("speed-wide for 95 % on a GPU: not trained there yet", SPEED95),
     "speed96": Named("three convolutions a group, cutout, for 96 % on a GPU: not trained there yet", SPEED96),

@@ -311,6 +311,8 @@ class Recipe:
         dtype: compute type of convolutions; weights and statistics stay float32.
         compile: torch.compile's mode on a GPU, or "off"; a CPU runs eagerly either way (LOG.md: Inductor gained nothing
             there).
+        members: networks trained side by side on the same batches, their answers averaged (`models/ensemble.py`); a
+            step costs as many times as much.
         stages: image sizes through the training, each until some progress; the last one until 1.
     """
 
@@ -323,6 +325,7 @@ class Recipe:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     compile: Literal["off", "default", "max-autotune"] = "default"
     model: Model = field(default_factory=SpeedNetModel)
+    members: int = 1
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=SpeedOptim)
     stages: tuple[Stage, ...] = (Stage(image_px=32, until=1.0),)
@@ -336,6 +339,7 @@ class Recipe:
         yield "batch_size", "at least 1", self.batch_size >= 1
         yield "min_steps", "not negative", self.min_steps >= 0
         yield "epochs", "more than 0", self.epochs > 0
+        yield "members", "at least 1", self.members >= 1
         yield "label_smoothing", "from 0 to below 1", 0 <= self.label_smoothing < 1
         yield "mix_alpha", "more than 0", self.mix_alpha > 0
         sizes, ends = [stage.image_px for stage in self.stages], [stage.until for stage in self.stages]

@@ -130,15 +130,15 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     resize(x_NCHW[:1], recipe.stages[0].image_px)  # compiled at its first use
     compile_s += time.monotonic() - began_s  # nearly all of it: the images themselves take 10 ms
     model = build_model(recipe, classes, job.seed).to(device)
-    if isinstance(model, SpeedNet) and isinstance(recipe.model, SpeedNetModel):
-        model.fit_whitening(x_NCHW, recipe.model.whiten_eps)
+    nets = [part for part in model.modules() if isinstance(part, SpeedNet)]
+    if isinstance(recipe.model, SpeedNetModel):
+        for net in nets:
+            net.fit_whitening(x_NCHW, recipe.model.whiten_eps)
     ranks.take_state(model)
     share_statistics(model, ranks)
     optimizers = build_optimizers(model, recipe.optim, recipe.batch_size)
-    if isinstance(model, SpeedNet):
-        x_NCHW = x_NCHW[:GROUP]
-        if model.blocks_pay(x_NCHW):
-            compile_s += warm_up(model, model, optimizers, recipe, x_NCHW)
+    if any(net.blocks_pay(x_NCHW[:GROUP]) for net in nets):
+        compile_s += warm_up(model, model, optimizers, recipe, x_NCHW[:GROUP])
     look_s = time_a_look(model, loader)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / image_s, open_named, train_loader)

@@ -198,16 +198,19 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the loss summed over the batch and the number of right answers, unread.
 
-    With several processes the images are this one's part of the batch, and what is returned is of the whole.
+    With several processes the images are this one's part of the batch, and what is returned is of the whole; with
+    several members it is their mean.
     """
     setup.model.train()
     target = y_B
     if recipe.mix != "none":
         x_BCHW, target = mix(recipe, len(setup.dataset.class_names), x_BCHW, y_B)
+    if recipe.members > 1:  # each answers by itself
+        y_B, target = (torch.cat([labels] * recipe.members) for labels in (y_B, target))
     with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
         logits_BK = setup.forward(x_BCHW).float()
     loss = F.cross_entropy(logits_BK, target, label_smoothing=recipe.label_smoothing, reduction="sum")
-    scaler.scale(loss if recipe.optim.sums_loss else loss / (len(y_B) * setup.ranks.count)).backward()
+    scaler.scale(loss if recipe.optim.sums_loss else loss / (len(x_BCHW) * setup.ranks.count)).backward()
     setup.ranks.add_gradients(setup.model.parameters())
     if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
         for optimizer in setup.optimizers:
@@ -218,7 +221,7 @@ def train_step(
     scaler.update()
     setup.model.zero_grad(set_to_none=True)
     hits = (logits_BK.detach().argmax(1) == y_B).sum()
-    return setup.ranks.add(loss.detach()), setup.ranks.add(hits)
+    return setup.ranks.add(loss.detach()) / recipe.members, setup.ranks.add(hits) / recipe.members
 
 
 @cache

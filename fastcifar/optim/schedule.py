@@ -84,19 +84,20 @@ def speed(model: nn.Module, optim: SpeedOptim, batch_size: int) -> list[Optimize
 
     The loss is a sum over the batch, and so is the weight decay.
     """
-    assert isinstance(model, SpeedNet)
-    filters = [weight for weight in model.groups.parameters() if weight.ndim == 4]
-    biases = [weight for weight in model.groups.parameters() if weight.ndim == 1 and weight.requires_grad]
+    nets = [part for part in model.modules() if isinstance(part, SpeedNet)]
+    assert nets
+    in_groups = [weight for net in nets for weight in net.groups.parameters()]
+    filters = [weight for weight in in_groups if weight.ndim == 4]
+    biases = [weight for weight in in_groups if weight.ndim == 1 and weight.requires_grad]
 
     def sgd_group(params: list, lr: float, until: float = 1.0) -> dict:
         return {"params": params, "lr": lr, "weight_decay": optim.weight_decay * batch_size / lr, "until": until}
 
-    assert model.whiten.bias is not None
     sgd = SGD(
         [
-            sgd_group([model.whiten.bias], optim.bias_lr, optim.whiten_bias_until),
+            sgd_group([net.whiten.bias for net in nets], optim.bias_lr, optim.whiten_bias_until),
             sgd_group(biases, optim.bias_lr),
-            sgd_group([model.head.weight], optim.head_lr),
+            sgd_group([net.head.weight for net in nets], optim.head_lr),
         ],
         momentum=optim.momentum,
         nesterov=True,

@@ -116,7 +116,7 @@ def run_step(model: nn.Module, optimizers: list[Optimizer], x_BCHW: torch.Tensor
     """Forward, backward and the optimizers, as `train_step` does; the labels are all 0."""
     model.train()
     logits_BK = forward(model, x_BCHW)
-    F.cross_entropy(logits_BK, logits_BK.new_zeros(len(x_BCHW), dtype=torch.int64)).backward()
+    F.cross_entropy(logits_BK, logits_BK.new_zeros(len(logits_BK), dtype=torch.int64)).backward()
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)
