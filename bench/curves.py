@@ -32,9 +32,9 @@ CLASSES = {"cifar10": 10, "cifar100": 100}
 EPOCHS = {  # where a budget of up to some minutes puts it on two cores; what is longer is extrapolated
     "cifar10": {
         "speed-narrow": (0.25, 0.5, 1, 2, 4, 8, 16),
-        "speed": (0.5, 1, 2, 4, 8, 16),
+        "speed": (0.5, 1, 2, 4, 8, 16, 48),
         "speed-wide": (2, 4, 8, 24),
-        "speed-pair": (4, 12),
+        "speed-pair": (4, 8, 12),
     },
     "cifar100": {
         "speed-narrow": (0.5, 1, 2, 4, 8),

@@ -18,7 +18,7 @@ from fastcifar.recipes import find_recipe
 from fastcifar.settings import Recipe
 
 # By what they cost. One is measured only if it might be better than the best before it.
-LADDER = ("speed-narrow", "speed", "speed-wide")
+LADDER = ("speed-narrow", "speed", "speed-wide", "speed-pair")
 OPTIMISM = 1.5  # by this factor a recipe may be cheaper than its arithmetic says, beside the one measured before it
 SETUP_S = 2.0  # from the plan to the first step: 1 s on a quiet machine, 3 s on a busy one
 SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it

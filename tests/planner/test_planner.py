@@ -68,6 +68,7 @@ def test_the_curves_of_the_repository_are_read():
         curves = load_curves(dataset)
         assert set(curves) <= set(LADDER)
         assert {"speed"} <= set(curves)
+    assert set(load_curves("cifar10")) == set(LADDER)
     assert load_curves("shapes10") == {}
 
 
@@ -127,17 +128,20 @@ def test_the_best_comes_first(monkeypatch):
 
 
 def test_what_was_measured_beats_what_is_hoped_for(monkeypatch):
-    """15 minutes bought 58 epochs of `speed`, whose curve ends at 16, or 30 of `speed-wide`."""
-    images_s = {"speed-narrow": (15_000, 6_500), "speed": (6_300, 2_650), "speed-wide": (3_150, 1_190)}
-    of_model = {find_recipe(name).model: pair for name, pair in images_s.items()}
+    """A budget buys 60 epochs of `speed`, whose curve ends at 16 and promises more, or 30 of `speed-wide`."""
+    hoped = Curve(start=0.9, floor=0.03, half=0.05, power=0.7, spread=0.03, bends=((16.0, 1.0),), images=5000)
+    measured = replace(hoped, floor=0.031, half=0.04, bends=((32.0, 1.0),))
     fake_rates(monkeypatch, speed=2e12)
-
-    def rates(recipe, *_):
-        small, large = (1 / pace for pace in of_model[recipe.model])
-        return Rates(step_s=0.0, image_s={20: small, 32: large}, look_s=large / 3, first_s=0.0)
-
-    monkeypatch.setattr(planner, "measure_rates", rates)
-    assert plan(900)[0].name == "speed-wide"
+    monkeypatch.setattr(planner, "load_curves", lambda _: {"speed": hoped, "speed-wide": measured})
+    seconds = {find_recipe("speed").model: 900 / 60 / 50_000, find_recipe("speed-wide").model: 900 / 30 / 50_000}
+    monkeypatch.setattr(
+        planner, "measure_rates", lambda recipe, *_: Rates(0.0, {32: seconds[recipe.model]}, look_s=1e-6, first_s=0.0)
+    )
+    first, second = plan(900)
+    assert (first.name, second.name) == ("speed-wide", "speed")
+    assert first.expected is not None
+    assert second.expected is not None
+    assert first.expected.accuracy < second.expected.accuracy
 
 
 def test_a_data_set_without_curves_gets_speed_and_no_promise(monkeypatch):
