@@ -73,7 +73,7 @@ SPEED_NARROW = replace(SPEED, model=SpeedNetModel(widths=(32, 128, 128)))
 SPEED_WIDE = replace(SPEED, model=SpeedNetModel(widths=(128, 384, 384)))
 
 # Two of the wide one. From some 24 epochs on more of them buy next to nothing, a second network still does: held-out
-# images, 95.4 % after 12 epochs of two, 95.3 % after 24 of one, half a percent more from two of 16 and 24 (LOG.md).
+# images, 95.4 % after 12 epochs of two, 95.3 % after 24 of one, half a percent more from two unlike ones of 16 and 24.
 #   fastcifar train --recipe speed-pair --budget 15min
 SPEED_PAIR = replace(SPEED_WIDE, epochs=12.0, members=2)
 

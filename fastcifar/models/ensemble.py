@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class Ensemble(nn.Module):
     """Images [B, C, H, W] to logits: in training each member's own, [M * B, K], else the mean of all, [B, K].
 
-    As the loss is over each member's own answers, each learns as it would alone (but for `optim.clip_norm`, which is over
-    all weights), and what they get wrong differs. Source: B. Lakshminarayanan et al., "Simple and Scalable Predictive
-    Uncertainty Estimation using Deep Ensembles" (arXiv:1612.01474), which averages probabilities.
+    As the loss is over each member's own answers, each learns as it would alone (but for `optim.clip_norm`, which is
+    over all weights), and what they get wrong differs. Source: B. Lakshminarayanan et al., "Simple and Scalable
+    Predictive Uncertainty Estimation using Deep Ensembles" (arXiv:1612.01474), which averages probabilities.
     """
 
     def __init__(self, members: Sequence[nn.Module]):
