@@ -24,6 +24,8 @@ class SpeedNetModel:
             and a batch size that are multiples of 32.
         fused_gelu: on a GPU, this project's kernel for BatchNorm and GELU instead of what torch.compile makes of
             PyTorch's. Off, as nobody has measured yet which is faster.
+        mixtures: eight more filters of the first layer, sums and differences of the strongest patches. In blocks, where
+            channels come by 32, they cost nothing.
     """
 
     widths: tuple[int, int, int] = (64, 256, 256)
@@ -31,6 +33,7 @@ class SpeedNetModel:
     whiten_eps: float = 5e-4
     own_kernels: bool = True
     fused_gelu: bool = False
+    mixtures: bool = True
     any_size: ClassVar[bool] = True  # of image
 
     def checks(self) -> Iterator[Check]:

@@ -33,5 +33,5 @@ def build_member(model: Model, classes: int) -> nn.Module:
         case ResNet34Model():
             return build_resnet34(classes, model.weights)
         case SpeedNetModel():
-            how = {name: getattr(model, name) for name in ("widths", "depth", "own_kernels", "fused_gelu")}
+            how = {name: getattr(model, name) for name in ("widths", "depth", "own_kernels", "fused_gelu", "mixtures")}
             return SpeedNet(classes, **how)

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H = W = 32, K classes.
 from torch import nn
 
 from fastcifar.models.after_conv import AfterConv
+from fastcifar.models.conv import Conv2d
 
 IMAGE_PX = 32
 
@@ -31,7 +32,7 @@ def build_cnn(
     for block in blocks:
         for number, width in enumerate(block, 1):
             # BatchNorm takes away whatever a bias adds.
-            layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not batchnorm))
+            layers.append(Conv2d(channels, width, 3, padding=1, bias=not batchnorm))
             last = number == len(block)
             dropped = block_dropout if last else 0.0
             layers.append(AfterConv(width, batchnorm=batchnorm, dropout=dropped, pool=last))

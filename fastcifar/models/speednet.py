@@ -19,6 +19,8 @@ from fastcifar_kernels.conv_blocked import blocks_run
 from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP
 
 WHITEN_PX = 2  # side of a whitened patch
+STRONGEST = 4  # patches by variance, that are mixed
+PAIRS = (0, 1), (2, 3), (0, 2), (1, 3)  # of those, weakest first
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -102,11 +104,14 @@ class SpeedNet(nn.Module):
         depth: int = 2,
         own_kernels: bool = True,
         fused_gelu: bool = False,
+        mixtures: bool = True,
     ):
         super().__init__()
-        whitened = 2 * 3 * WHITEN_PX**2  # every principal patch and its negative
+        # Every principal patch and its negative, and sums and differences of pairs of the strongest.
+        whitened = 2 * 3 * WHITEN_PX**2 + 2 * len(PAIRS) * mixtures
         self.whiten = nn.Conv2d(3, whitened, WHITEN_PX)
         self.whiten.weight.requires_grad = False
+        self.mixtures = mixtures
         self.groups = nn.Sequential(
             *[Group(i, o, depth, fused_gelu) for i, o in zip((whitened, *widths), widths, strict=False)]
         )
@@ -140,9 +145,11 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def fit_whitening(self, x_NCHW: Tensor, eps: float) -> None:
-        """Set the first layer to the principal patches of these images, each scaled to unit variance."""
+        """Set the first layer to the principal patches of these images, each scaled to unit variance, and mixtures."""
         patches_ND = F.unfold(x_NCHW.float(), WHITEN_PX).transpose(1, 2).reshape(-1, self.whiten.weight[0].numel())
         covariance_DD = patches_ND.T @ patches_ND / len(patches_ND)
         variances_D, directions_DD = torch.linalg.eigh(covariance_DD)
         filters = (directions_DD / (variances_D + eps).sqrt()).T.reshape(-1, 3, WHITEN_PX, WHITEN_PX)
-        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+        strongest = filters[-STRONGEST:]
+        mixed = [(strongest[i] + sign * strongest[j]) / 2**0.5 for i, j in PAIRS for sign in (1, -1)]
+        self.whiten.weight.copy_(torch.cat([filters, -filters, *([torch.stack(mixed)] if self.mixtures else [])]))

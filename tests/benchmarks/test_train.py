@@ -54,8 +54,8 @@ def test_each_image_size_is_measured_and_the_figures_agree(small_cifar, tmp_path
 def test_flop_of_a_network_counted_by_hand():
     """A 32-pixel image through 8, 16, 16 channels: 31 pixels after whitening, then 15, 7 and 3."""
     recipe = find_recipe("speed")
-    whiten = 31**2 * 24 * 12  # its weights are frozen and nothing is before it: forward only
-    first = 31**2 * 8 * 24 * 9  # the gradients of weights and of the input, which the whitening's bias waits for
+    whiten = 31**2 * 32 * 12  # its weights are frozen and nothing is before it: forward only
+    first = 31**2 * 8 * 32 * 9  # the gradients of weights and of the input, which the whitening's bias waits for
     rest = (15**2 * 8 * 8 + 15**2 * 16 * 8 + 7**2 * 16 * 16 + 7**2 * 16 * 16 + 3**2 * 16 * 16) * 9 + 16 * 10
     assert benchmark.count_flop(recipe, 10, 32) == 2 * (whiten + 3 * (first + rest))
 

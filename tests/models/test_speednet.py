@@ -32,11 +32,27 @@ def test_whitening_gives_unit_variance_without_correlation(images):
     with torch.no_grad():
         model.whiten.bias.zero_()
         white_DN = model.whiten(images).transpose(0, 1).flatten(1)
-    half = len(white_DN) // 2
-    assert torch.equal(white_DN[:half], -white_DN[half:])
+    half = 12
+    assert torch.equal(white_DN[:half], -white_DN[half : 2 * half])
     # The filters divide by the second moment of patches, which is what a mean-free image has for a covariance.
     moment_DD = white_DN[:half] @ white_DN[:half].T / white_DN.size(1)
     torch.testing.assert_close(moment_DD, torch.eye(half), atol=2e-3, rtol=0)
+    # The mixtures are of unit variance, too, and the sum and difference of a pair are uncorrelated.
+    mixed_DN = white_DN[2 * half :]
+    moment_DD = mixed_DN @ mixed_DN.T / mixed_DN.size(1)
+    torch.testing.assert_close(moment_DD.diagonal(), torch.ones(8), atol=2e-3, rtol=0)
+    torch.testing.assert_close(moment_DD.diagonal(1)[::2], torch.zeros(4), atol=2e-3, rtol=0)
+
+
+def test_mixtures_are_of_the_strongest_patches(images):
+    model, plain = SpeedNet(10), SpeedNet(10, mixtures=False)
+    for net in (model, plain):
+        net.fit_whitening(images, eps=1e-3)
+    assert torch.equal(model.whiten.weight[:24], plain.whiten.weight)
+    norms_D = plain.whiten.weight[:12].flatten(1).norm(dim=1)  # one over the root of a patch's variance
+    first, second = (plain.whiten.weight[place] for place in norms_D.argsort(descending=True)[-4:-2])
+    torch.testing.assert_close(model.whiten.weight[24], (first + second) / 2**0.5)
+    torch.testing.assert_close(model.whiten.weight[25], (first - second) / 2**0.5)
 
 
 def test_a_new_convolution_passes_its_input_through():
@@ -52,10 +68,10 @@ def test_one_set_of_weights_serves_every_image_size(image_px):
 
 
 def test_parameter_count():
-    """Whitening 24 x 12 + 24, convolutions 9 x (24 x 64 + 64² + 64 x 256 + 256² + 2 x 256²), 6 norms, head 2,560."""
-    convolutions = 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2)
+    """Whitening 32 x 12 + 32, convolutions 9 x (32 x 64 + 64² + 64 x 256 + 256² + 2 x 256²), 6 norms, head 2,560."""
+    convolutions = 9 * (32 * 64 + 64**2 + 64 * 256 + 3 * 256**2)
     norms = 2 * 2 * (64 + 256 + 256)
-    assert sum(p.numel() for p in SpeedNet(10).parameters()) == 24 * 12 + 24 + convolutions + norms + 2560
+    assert sum(p.numel() for p in SpeedNet(10).parameters()) == 32 * 12 + 32 + convolutions + norms + 2560
 
 
 def test_compiles_without_a_graph_break():
@@ -71,7 +87,7 @@ def test_a_third_convolution_comes_with_a_residual():
         for name, weight in group.named_parameters():  # nothing at the values that it begins with
             if "norm" not in name or "bias" in name:
                 weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
-        x_NCHW = torch.randn(2, 24, 10, 10).to(memory_format=torch.channels_last)
+        x_NCHW = torch.randn(2, 32, 10, 10).to(memory_format=torch.channels_last)
         first = F.gelu(group.norm1(F.max_pool2d(group.conv1(x_NCHW), 2)))
         third = F.gelu(group.norm3(group.conv3(F.gelu(group.norm2(group.conv2(first))))))
         torch.testing.assert_close(group(x_NCHW), first + third)
