@@ -13,7 +13,7 @@ multiply polynomials by their values at 0, p, -p, q, -q and infinity:
 
 With what is multiplied rounded to bfloat16, results are off by 1.2 % of their size; with the usual 1 and 2 for p and q,
 by 2.5 %. Of everything six long, or six by six, the rows of p and -p are a sum and a difference, and so are those of q
-and -q: they are computed together, and nothing else is, as 36 vectors are more than the registers hold.
+and -q: they are computed together.
 
 See `vectors.py` for what the functions take.
 """
@@ -203,11 +203,13 @@ def _filter_rows(code: Code, w: Callable, group: int) -> list:
 
 def _transformed(code: Code, value: Callable, size: int, some_rows: Callable) -> Iterator:
     """The 36 numbers of `size` by `size`, row by row; `value(i, j)` is one of those."""
-    for group in range(4):
-        columns = [some_rows(code, lambda row, column=column: value(row, column), group) for column in range(size)]
-        for row in zip(*columns, strict=True):
-            for other in range(4):
-                yield from some_rows(code, row.__getitem__, other)
+    columns = []
+    for column in range(size):
+        numbers = [value(row, column) for row in range(size)]
+        columns.append([number for group in range(4) for number in some_rows(code, numbers.__getitem__, group)])
+    for row in zip(*columns, strict=True):
+        for group in range(4):
+            yield from some_rows(code, row.__getitem__, group)
 
 
 # And the other way round.
