@@ -66,6 +66,7 @@ def test_speed_on_two_processes_begins_as_one_does(small_cifar, tmp_path):
     assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-3)
 
 
+@pytest.mark.clock
 def test_a_budget_is_kept_by_two_processes(small_cifar, tmp_path):
     """They measure different times and yet must agree on every step."""
     words = ["--recipe", "speed", "--model.widths", "[16,32,32]", "--batch-size", "128"]

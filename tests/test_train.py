@@ -167,6 +167,7 @@ def test_a_budget_run_is_replayed_by_its_config(small_cifar, tmp_path):
         assert results[0][key] == results[1][key]
 
 
+@pytest.mark.clock
 def test_a_budget_of_20_seconds_is_kept_on_a_slow_machine(tmp_path):
     """The full recipe on shapes10 with a single thread: in time, most of it used, the schedule at its end."""
     fastcifar("data", "prepare", "--dataset", "shapes10")

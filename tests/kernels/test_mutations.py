@@ -20,7 +20,7 @@ SHAPES = {
     "TRITON": sorted(verify.SMALL, key=math.prod),
     "NUMBA": sorted((shape for shape in verify.MEDIUM if math.prod(shape) < 200_000), key=math.prod),
 }
-SECONDS = 60  # for a copy; a fault may make it hang
+SECONDS = 120  # for a copy; a fault may make it hang
 
 _spec = importlib.util.spec_from_file_location("mutations", Path(__file__).with_name("mutations.py"))
 assert _spec is not None
