@@ -17,12 +17,9 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmarks.energy import ReadJoules, open_counter
@@ -39,7 +36,7 @@ from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import find_recipe
 from fastcifar.run import source_commit, write_json
-from fastcifar.settings import Recipe, SpeedNetModel
+from fastcifar.settings import Recipe
 from fastcifar.setup import Setup, set_up
 from fastcifar.train import ready_step
 
@@ -214,19 +211,13 @@ def peak_of_a_step(course: Course) -> int | None:
 def count_flop(recipe: Recipe, classes: int, image_px: int) -> float:
     """Of convolutions and matrix products for one image, forward and backward; a multiplication and an addition are 2.
 
-    The network is counted in float32 on tensors without contents, with PyTorch's convolutions: those of our own are
-    not known to the counter, and take fewer multiplications on some processors.
+    The network is counted in float32 on a device without contents, where convolutions are PyTorch's: those of our own
+    are not known to the counter, and take fewer multiplications on some processors.
     """
-    recipe = recipe.from_scratch()
-    if isinstance(recipe.model, SpeedNetModel):
-        recipe = replace(recipe, model=replace(recipe.model, own_kernels=False))
-    model = build_model(recipe, classes, seed=0).train()
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with FakeTensorMode() as fake:
-        state: dict[str, torch.Tensor] = {name: fake.from_tensor(tensor) for name, tensor in named.items()}
-        x_BCHW = torch.empty(COUNTED_IMAGES, 3, image_px, image_px).contiguous(memory_format=torch.channels_last)
-        with FlopCounterMode(display=False) as counter:
-            functional_call(model, state, (x_BCHW,)).sum().backward()
+    model = build_model(recipe.from_scratch(), classes, seed=0).to("meta").train()
+    x_BCHW = torch.empty(COUNTED_IMAGES, 3, image_px, image_px, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(x_BCHW.contiguous(memory_format=torch.channels_last)).sum().backward()
     return counter.get_total_flops() / COUNTED_IMAGES
 
 

@@ -64,7 +64,8 @@ def conv_in_blocks(x_NCHW: Tensor, w_OCHW: Tensor) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a convolution of `x` computes in: autocast's type where that is on, else that of `x`."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def use_conv2d(model: nn.Module) -> None:

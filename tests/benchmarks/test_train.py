@@ -60,6 +60,16 @@ def test_flop_of_a_network_counted_by_hand():
     assert benchmark.count_flop(recipe, 10, 32) == 2 * (whiten + 3 * (first + rest))
 
 
+def test_flop_of_dynamic_convolutions_counted_by_hand():
+    """As if the four of each block were plain: that is done in blocks, or as matrix products, does not hide it."""
+    experts, channels, pixels = 4, (3, 64, 128, 256, 512), (32**2, 32**2, 16**2, 16**2)
+    layers = [p * (9 * experts + 1) * c * o for p, c, o in zip(pixels, channels, channels[1:], strict=False)]
+    gates, head = 4 * sum(channels[:4]), 512 * 256 + 256 * 128 + 128 * 10
+    images_have_no_gradient = layers[0]  # but for the gate's mean, a sum
+    counted = benchmark.count_flop(find_recipe("dynamic4"), 10, 32)
+    assert counted == pytest.approx(2 * (3 * (sum(layers) + gates + head) - images_have_no_gradient), rel=1e-4)
+
+
 def test_own_operators_do_not_hide_arithmetic():
     recipe = NAMED["airbench94"].recipe
     assert benchmark.count_flop(recipe, 10, 32) == benchmark.count_flop(

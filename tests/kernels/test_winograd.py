@@ -58,12 +58,20 @@ def test_any_shape_however_much_is_done_at_a_time(shape, band_bytes):
     if torch.float32 not in vectors.LANES:
         pytest.skip("no AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_winograd, "BAND_BYTES", band_bytes)
+        patch.setattr(conv_winograd, "BAND_BYTES", band_bytes)  # so few sums are never many
         patch.setattr(amx, "_AVAILABLE", False)
         for case in verify.cases_of_groups(shape, normal):
             if case.op == "conv_blocked" and case.variant in ("", "pool"):
                 row = verify.judge(case, torch.float32)
                 assert row.passed, row
+
+
+@pytest.mark.parametrize(("filters", "most"), [(32, conv_winograd.BAND_BYTES), (2048, conv_winograd.LONG_BAND_BYTES)])
+def test_many_sums_are_loaded_for_long_bands(filters, most):
+    """Of 256 channels: all that lies between two times that the sums are loaded, but for a tile that nobody needs."""
+    left, right, *_, slots = conv_winograd._bands(10_000, 256, filters, torch.bfloat16)
+    tiles = len(slots) - 1
+    assert 0.5 * most < (left.nbytes + right.nbytes) * tiles / (tiles + 1) < 1.01 * most
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 6, 100])
