@@ -3,6 +3,8 @@
 Shapes: N images, B of a batch, C channels, H rows, W columns, K classes.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ class Evaluation:
 
     accuracy: float
     accuracy_tta: float
+    tta_share: float  # of the images, which were looked at again
     probability_NK: np.ndarray  # with test-time augmentation
     confusion_KK: np.ndarray  # rows: true class, columns: predicted class
     precision_K: np.ndarray
@@ -37,6 +40,7 @@ class Evaluation:
         return {
             "test_acc": self.accuracy,
             "test_acc_tta": self.accuracy_tta,
+            "tta_share": self.tta_share,
             "macro_precision": float(self.precision_K.mean()),
             "macro_recall": float(self.recall_K.mean()),
             "macro_f1": float(self.f1_K.mean()),
@@ -75,19 +79,29 @@ def predict_views(model: nn.Module, x_BCHW: Tensor, tta: Tta) -> Tensor:
     return logits_BK.softmax(1)
 
 
-def evaluate(model: nn.Module, loader: Loader, classes: int, tta: Tta) -> Evaluation:
-    """Look at every image once, then again with augmentation at the share of them that the model is least sure of."""
+def evaluate(model: nn.Module, loader: Loader, classes: int, tta: Tta, deadline_s: float = math.inf) -> Evaluation:
+    """Look at every image once, then again with augmentation at the share of them that the model is least sure of.
+
+    At fewer, if time is short: all should be done by `deadline_s`, on the clock of time.monotonic().
+    """
     model.eval()
-    labels_N = loader.labels_N
+    labels_N, began_s = loader.labels_N, time.monotonic()
+    images = len(labels_N)
     probability_NK = torch.cat([predict(model, x_BCHW) for x_BCHW, _ in loader.epoch(0)])
-    plain_N = probability_NK.argmax(1)
-    unsure_M = probability_NK.amax(1).topk(round(tta.share * len(labels_N)), largest=False).indices
+    accuracy = share_right(probability_NK, labels_N)  # waits for the device
+    now_s = time.monotonic()
+    tta = fit_tta(tta, (now_s - began_s) / images, images, deadline_s - now_s)
+    unsure_M = probability_NK.amax(1).topk(round(tta.share * images), largest=False).indices
     for ids_B in unsure_M.split(loader.batch_size) if len(unsure_M) else ():
         probability_NK[ids_B] = predict_views(model, loader.take(ids_B), tta)
-    augmented_N = probability_NK.argmax(1)
-    confusion_KK = torch.bincount(labels_N * classes + augmented_N, minlength=classes**2).view(classes, classes)
-    accuracy, accuracy_tta = ((answer == labels_N).double().mean().item() for answer in (plain_N, augmented_N))
-    return Evaluation(accuracy, accuracy_tta, probability_NK.cpu().numpy(), *scores(confusion_KK.cpu().numpy()))
+    pairs_N = labels_N * classes + probability_NK.argmax(1)
+    confusion_KK = torch.bincount(pairs_N, minlength=classes**2).view(classes, classes).cpu().numpy()
+    accuracy_tta = share_right(probability_NK, labels_N)
+    return Evaluation(accuracy, accuracy_tta, tta.share, probability_NK.cpu().numpy(), *scores(confusion_KK))
+
+
+def share_right(probability_NK: Tensor, labels_N: Tensor) -> float:
+    return (probability_NK.argmax(1) == labels_N).double().mean().item()
 
 
 def scores(confusion_KK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -114,10 +128,15 @@ def looks_an_image(tta: Tta) -> float:
     return 1 + 2 * views * tta.share
 
 
-def fit_tta(tta: Tta, look_s: float, images: int, budget_s: float) -> Tta:
-    """The same for as many images as a budget has time to look at again, a look taking `look_s` seconds."""
-    affordable = EVALUATION_SHARE * budget_s / look_s / images - 1
-    return replace(tta, share=min(tta.share, max(0.0, affordable / (looks_an_image(replace(tta, share=1.0)) - 1))))
+def fit_tta(tta: Tta, look_s: float, images: int, left_s: float) -> Tta:
+    """The same for as many of the images as there is time to look at again, a look at one taking `look_s` seconds."""
+    all_s = look_s * images * (looks_an_image(replace(tta, share=1.0)) - 1)
+    return replace(tta, share=min(tta.share, max(0.0, left_s / all_s)))
+
+
+def plan_tta(tta: Tta, look_s: float, images: int, budget_s: float) -> Tta:
+    """The same for as many images as a budget's share for the evaluation allows."""
+    return fit_tta(tta, look_s, images, EVALUATION_SHARE * budget_s - look_s * images)
 
 
 class Judgement(NamedTuple):

@@ -10,7 +10,6 @@ from fastcifar.devices import peak_memory_bytes
 from fastcifar.evaluate import Evaluation
 from fastcifar.job import Job
 from fastcifar.run import source_commit
-from fastcifar.settings import Tta
 from fastcifar.setup import Setup
 
 
@@ -21,7 +20,6 @@ def describe_result(
     position: Position,
     eval_s: float,
     val_acc: float | None,
-    tta: Tta,
 ) -> dict:
     """Every key of result.json. `wall_s` is 0 until the moment before it is written.
 
@@ -50,7 +48,6 @@ def describe_result(
         "images_per_s": position.step * batch_size / position.train_s,
         "val_acc": val_acc,
         **evaluation.summary(),
-        "tta_share": tta.share,
         "expected_acc_tta": asdict(setup.choice.expected) if setup.choice and setup.choice.expected else None,
         "params": sum(weight.numel() for weight in setup.model.parameters()),
         "peak_memory_bytes": peak_memory_bytes(setup.device),

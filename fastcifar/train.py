@@ -24,7 +24,7 @@ from fastcifar.budget import REPORT_S, Knot, Pace, Position, refuse_hopeless, st
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError
-from fastcifar.evaluate import evaluate, fit_tta, looks_an_image
+from fastcifar.evaluate import evaluate, looks_an_image, plan_tta
 from fastcifar.graphs import Step, StepGraphs, can_record
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
@@ -71,11 +71,12 @@ def train(
     if setup.feed.pack is not None:
         display.say(f"read by {setup.feed.name} from {setup.feed.pack.folder}, every byte of it checked")
 
+    # When the evaluation must be done.
+    end_s = started_s + (job.budget_s or math.inf) - max(REPORT_S, REPORT_IMPORTS * imports_s)
     cost_s = setup.look_s * HELD_OUT
     looks = Looks(setup.held_out_loader, len(setup.loader), cost_s, target=job.target, patience=job.patience)
     if job.budget_s is not None:
-        report_s = max(REPORT_S, REPORT_IMPORTS * imports_s)
-        deadline_s, tta = ranks.same(divide_budget(job.budget_s, started_s, setup, recipe.tta, report_s))
+        deadline_s, tta = ranks.same(divide_budget(job.budget_s, end_s, setup, recipe.tta))
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
             refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1) - time.monotonic())
         recipe = replace(recipe, tta=tta)
@@ -127,12 +128,13 @@ def train(
             display.say(f"kept the weights of step {looks.best_step} of {position.step}: {looks.best:.2%} held out")
 
         evaluation_began_s = time.monotonic()
-        evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta)
+        evaluation = evaluate(setup.model, setup.test_loader, len(setup.dataset.class_names), recipe.tta, end_s)
         eval_s = time.monotonic() - evaluation_began_s
+        recipe = replace(recipe, tta=replace(recipe.tta, share=evaluation.tta_share))
         folder.write_model(setup.model.state_dict())
-        result = describe_result(job, setup, evaluation, position, eval_s, val_acc, recipe.tta)
+        result = describe_result(job, setup, evaluation, position, eval_s, val_acc)
         write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
-        folder.write_config(replace(lasting, budget=None, plan=pace.knots).config())
+        folder.write_config(replace(lasting, settings=recipe, budget=None, plan=pace.knots).config())
         result["wall_s"] = time.monotonic() - started_s
         folder.finish(result)
         tracking.finish(result)
@@ -250,11 +252,11 @@ def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
     return row
 
 
-def divide_budget(budget_s: float, started_s: float, setup: Setup, tta: Tta, report_s: float) -> tuple[float, Tta]:
-    """(when training must end for the evaluation to be done in time, the images there is time to look at again)"""
+def divide_budget(budget_s: float, end_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:
+    """(when training must end for the evaluation to be done at `end_s`, the images there is time to look at again)"""
     images = len(setup.test_loader.labels_N)
-    tta = fit_tta(tta, setup.look_s, images, budget_s)
-    return started_s + budget_s - setup.look_s * images * looks_an_image(tta) - report_s, tta
+    tta = plan_tta(tta, setup.look_s, images, budget_s)
+    return end_s - setup.look_s * images * looks_an_image(tta), tta
 
 
 def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks) -> Checkpoint:

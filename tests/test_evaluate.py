@@ -1,5 +1,7 @@
 """Accuracy, precision, recall, F1, confusion and test-time augmentation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,17 @@ def test_looks_are_counted_as_they_are_taken(tta, model, loader, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda x: images.append(len(x)) or forward(x))
     evaluate(model, loader, 5, tta)
     assert sum(images) == 130 * looks_an_image(tta)
+
+
+@pytest.mark.parametrize(("left_s", "share"), [(1000.0, 0.5), (52.0, 0.4), (0.0, 0.0), (-5.0, 0.0)])
+def test_there_are_as_many_second_looks_as_time_is_left_for(left_s, share, model, loader, monkeypatch):
+    """A first look at 130 images takes 13 s, so that ten more at each of them would take 130."""
+    monkeypatch.setattr("fastcifar.evaluate.time", SimpleNamespace(monotonic=iter([100.0, 113.0]).__next__))
+    found = evaluate(model, loader, 5, Tta(share=0.5), deadline_s=113 + left_s)
+    assert found.tta_share == found.summary()["tta_share"] == pytest.approx(share)
+    monkeypatch.undo()
+    expected = evaluate(model, loader, 5, Tta(share=share)).probability_NK
+    np.testing.assert_array_equal(found.probability_NK, expected)
 
 
 def test_only_the_least_sure_images_are_looked_at_again(model, loader):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.budget import REPORT_S
-from fastcifar.evaluate import fit_tta, looks_an_image
+from fastcifar.evaluate import looks_an_image, plan_tta
 from fastcifar.models.build import build_model
 from fastcifar.planner.curve import TEST_IMAGES, Curve, Expectation, expect, load_curves
 from fastcifar.planner.rates import Rates, fastest_dtype, measure_rates
@@ -94,7 +94,7 @@ def fit(
     name: str, recipe: Recipe, rates: Rates, curve: Curve | None, images: int, budget_s: float, left_s: float
 ) -> Choice:
     """What `left_s` seconds buy of this recipe."""
-    tta = fit_tta(recipe.tta, rates.look_s, TEST_IMAGES, budget_s)
+    tta = plan_tta(recipe.tta, rates.look_s, TEST_IMAGES, budget_s)
     train_s = max(0.0, left_s - SETUP_S - REPORT_S - rates.look_s * TEST_IMAGES * looks_an_image(tta))
     recipe = replace(recipe, tta=tta)
     recipe = replace(recipe, batch_size=fit_batch_size(recipe, train_s / rates.mean_image_s(recipe)))
