@@ -31,7 +31,7 @@ from fastcifar.run import source_commit, write_atomically
 CLASSES = {"cifar10": 10, "cifar100": 100}
 EPOCHS = {  # where a budget of up to some minutes puts it on two cores; what is longer is extrapolated
     "cifar10": {
-        "speed-narrow": (0.25, 0.5, 1, 2, 4, 8, 16),
+        "speed-narrow": (0.25, 0.5, 1, 2, 4, 8, 16, 24),
         "speed": (0.5, 1, 2, 4, 8, 16, 48),
         "speed-wide": (2, 4, 8, 24),
         "speed-pair": (4, 8, 12),
