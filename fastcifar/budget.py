@@ -33,6 +33,11 @@ def parse_duration(text: str) -> float:
     return total_s
 
 
+def overrun_s(budget_s: float) -> float:
+    """How late a run may end, as the README promises."""
+    return max(1.0, 0.02 * budget_s)
+
+
 def refuse_hopeless(budget_s: float, left_s: float) -> None:
     """Raise UsageError if less than a fifth of the budget is left to train."""
     if left_s < 0.2 * budget_s:
