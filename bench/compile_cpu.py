@@ -19,8 +19,8 @@ import torch  # noqa: E402
 
 from fastcifar.display import Display  # noqa: E402
 from fastcifar.job import Job  # noqa: E402
+from fastcifar.process import processor  # noqa: E402
 from fastcifar.recipes import NAMED  # noqa: E402
-from fastcifar.report import processor  # noqa: E402
 from fastcifar.resize import resize  # noqa: E402
 from fastcifar.run import source_commit  # noqa: E402
 from fastcifar.setup import set_up  # noqa: E402
@@ -35,7 +35,6 @@ def main() -> None:
     recipe = NAMED["speed"].recipe
     eager = set_up(Job("speed", recipe, data=parser.parse_args().data, device="cpu"), Display())
     setups = {"eager": eager, "compiled": replace(eager, forward=torch.compile(eager.model))}
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch_BCHW, y_B = next(iter(eager.loader.epoch(0)))
     rows = []
     for stage in recipe.stages:
@@ -44,7 +43,7 @@ def main() -> None:
         for step in range(STEPS + 2):  # the first two compile, and fault their memory in
             for name, setup in setups.items():
                 began_s = time.perf_counter()
-                train_step(setup, recipe, scaler, x_BCHW, y_B)
+                train_step(setup, recipe, x_BCHW, y_B)
                 if step >= 2:
                     times_s[name].append(time.perf_counter() - began_s)
         rows.append({"image_px": stage.image_px, **{name: statistics.median(times) for name, times in times_s.items()}})

@@ -72,7 +72,7 @@ class Position:
 
 
 def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
-    """The stage a step that starts at this progress belongs to."""
+    """The stage at this progress; a step belongs to the one that its middle lies in."""
     return next((stage for stage in stages if progress < stage.until), stages[-1])
 
 

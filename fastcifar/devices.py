@@ -12,7 +12,10 @@ from fastcifar.errors import DeviceError
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is a GPU, or the CPU where there is none. Raises DeviceError for a device this machine lacks."""
+    """ "auto" is a GPU, or the CPU where there is none; a GPU that is named becomes the current one.
+
+    Raises DeviceError for a device this machine lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
@@ -28,6 +31,8 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
         raise DeviceError(f"--device: there is no {name}, the last one is cuda:{last}.", f"--device cuda:{last}")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # a graph records what the current one is given
     return device
 
 
@@ -58,4 +63,4 @@ def out_of_memory_named(batch_size: int) -> Iterator[None]:
         ):
             raise
         message = f"Out of memory with batches of {batch_size} images: {str(error).splitlines()[0]}"
-        raise DeviceError(message, f"--batch_size {max(1, batch_size // 2)}") from error
+        raise DeviceError(message, f"--batch_size {max(2, batch_size // 2)}") from error

@@ -84,8 +84,6 @@ def joined(device: str) -> Iterator[Ranks]:
         yield ALONE
         return
     found = pick_device(device)
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
     dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())

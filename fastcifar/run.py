@@ -11,11 +11,12 @@ result.json              written last: a folder that has it is complete
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -38,9 +39,13 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UsageError(f"--out: cannot write {path}: {error.strerror}.", "--out DIR on another disk") from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out: cannot write {path}: {error.strerror}.", "make room, or --out DIR on another disk")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -95,6 +100,7 @@ class Checkpoint:
     train_s: float
     knots: list[Knot]
     looks: dict = field(default_factory=dict)  # at the held-out images: `Looks.facts`
+    scaler: dict = field(default_factory=dict)  # float16's
 
 
 class RunFolder:
@@ -107,16 +113,16 @@ class RunFolder:
     def create(cls, out: Path | None, recipe: str) -> "RunFolder":
         """Make the folder: `out`, or a new one under runs/. Raises UsageError if it holds a run already."""
         path = out or pick_folder(recipe)
-        if any((path / name).exists() for name in ("result.json", "checkpoint.safetensors")):
-            raise UsageError(
-                f"--out: {path} already holds a run.", f"fastcifar train --resume {path}, or another --out"
-            )
+        for name, verb in ("result.json", "eval"), ("checkpoint.safetensors", "train --resume"):
+            if os.path.exists(path / name):  # unlike Path.exists, it never raises
+                hint = f"fastcifar {verb} {shlex.quote(str(path))}, or another --out"
+                raise UsageError(f"--out: {path} already holds a run.", hint)
         make_folder(path)
         return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        if not (path / "config.yaml").is_file():
+        if not os.path.isfile(path / "config.yaml"):  # unlike Path.is_file, it never raises
             raise UsageError(f"{path} holds no run: there is no config.yaml in it.", "ls runs")
         return cls(path)
 
@@ -145,13 +151,14 @@ class RunFolder:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            hint = f"fastcifar train --resume {self.path}"
+            hint = f"fastcifar train --resume {shlex.quote(str(self.path))}"
             raise UsageError(f"{path}: no trained model can be read ({error}).", hint) from error
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         from safetensors.torch import save
 
-        facts = {name: value for name, value in asdict(checkpoint).items() if name != "tensors"}
+        facts = asdict(replace(checkpoint, tensors={}))  # it copies what it is given, deeply
+        del facts["tensors"]
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         write_atomically(self.path / "checkpoint.safetensors", save(tensors, {"facts": json.dumps(facts)}))
 
@@ -159,24 +166,26 @@ class RunFolder:
         """The newest checkpoint. Raises UsageError if the run has none: finished, or stopped before its first one."""
         from safetensors import SafetensorError, safe_open
 
-        path = self.path / "checkpoint.safetensors"
+        path, here = self.path / "checkpoint.safetensors", shlex.quote(str(self.path))
+        again = f"fastcifar train --config {here}/config.yaml"
         if (self.path / "result.json").exists():
-            raise UsageError(f"{self.path}: this run is finished.", f"fastcifar eval {self.path}")
+            raise UsageError(f"{self.path}: this run is finished.", f"fastcifar eval {here}")
         if not path.exists():
-            raise UsageError(f"{self.path}: stopped before its first checkpoint, nothing to resume.", "fastcifar train")
+            raise UsageError(f"{self.path}: stopped before its first checkpoint, nothing to resume.", again)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts["knots"] = [Knot(**knot) for knot in facts["knots"]]
+            return Checkpoint(tensors=tensors, **facts)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path}: damaged ({error}).", "fastcifar train") from error
-        facts["knots"] = [Knot(**knot) for knot in facts["knots"]]
-        return Checkpoint(tensors=tensors, **facts)
+            raise UsageError(f"{path}: damaged ({error}).", again) from error
 
     def finish(self, result: dict) -> None:
         """Write result.json, after which the run is complete and the checkpoint goes."""
         write_json(self.path / "result.json", result)
-        (self.path / "checkpoint.safetensors").unlink(missing_ok=True)
+        for file in self.path.glob("*checkpoint.safetensors*"):  # also the halves that a kill -9 left
+            file.unlink(missing_ok=True)
 
 
 class Metrics:
@@ -194,4 +203,7 @@ class Metrics:
 
     def add(self, row: dict) -> None:
         self.rows.append(row)
-        self.file.write((json.dumps(row) + "\n").encode())
+        try:
+            self.file.write((json.dumps(row) + "\n").encode())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error

@@ -339,7 +339,7 @@ class Recipe:
         return replace(self, model=ResNet34Model()) if isinstance(self.model, ResNet34Model) else self
 
     def checks(self) -> Iterator[Check]:
-        yield "batch_size", "at least 1", self.batch_size >= 1
+        yield "batch_size", "at least 2, for BatchNorm's sake", self.batch_size >= 2
         yield "min_steps", "not negative", self.min_steps >= 0
         yield "epochs", "more than 0", self.epochs > 0
         yield "members", "at least 1", self.members >= 1

@@ -59,6 +59,7 @@ class Setup:
     model: nn.Module
     forward: nn.Module
     optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler  # for float16; for all else it does nothing
     compile_s: float
     look_s: float  # to evaluate one image once
     wait_every: int  # most steps between two times that the program waits for the device
@@ -110,6 +111,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
             left_s = job.budget_s - spent_s()
             each = images // ranks.count
             recipe = ranks.same(fit(job.recipe, recipe, rates, None, each, job.budget_s, left_s).recipe)
+    recipe = replace(recipe, batch_size=recipe.batch_size // ranks.count * ranks.count)  # a half of it may be odd
 
     dtype = getattr(torch, recipe.dtype)
 
@@ -172,6 +174,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         model,
         forward,
         optimizers,
+        torch.amp.GradScaler(device.type, enabled=recipe.dtype == "float16"),
         compile_s,
         look_s,
         # A GPU runs ahead of the program; asking it for a number makes it wait, and once an epoch is enough.
@@ -204,7 +207,7 @@ def hold_out(dataset: Dataset, count: int, seed: int) -> tuple[torch.Tensor, tor
     if images <= count:
         raise UsageError(
             f"--target, --patience and --validate hold out {count} training images, {dataset.name} has {images}.",
-            "--epochs 10",
+            "the same command without them",
         )
     order_N = torch.from_numpy(np.random.default_rng(0).permutation(images)).roll(-count * (seed % (images // count)))
     return order_N[count:].sort().values, order_N[:count].sort().values

@@ -158,11 +158,11 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
     length, resumed_s = 1, time.monotonic()
     for epoch in itertools.count(position.step // len(loader)):
         for x_BCHW, y_B in loader.epoch(epoch, first_batch=position.step % len(loader)):
-            progress = pace.progress(position.step)
-            if progress >= 1:
+            if pace.progress(position.step) >= 1:
                 return
-            image_px = stage_at(recipe.stages, progress).image_px
-            lr = set_learning_rates(setup.optimizers, pace.middle(position.step), recipe.optim)
+            middle = pace.middle(position.step)
+            image_px = stage_at(recipe.stages, middle).image_px
+            lr = set_learning_rates(setup.optimizers, middle, recipe.optim)
             loss, hits = step(x_BCHW, y_B, image_px)
             position.step += 1
             pending.append(({"step": position.step, "image_px": image_px, "lr": lr}, loss, hits))
@@ -186,10 +186,9 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
 
 def ready_step(setup: Setup, recipe: Recipe) -> Step:
     """`train_step` for batches of any stage's size; on a GPU as CUDA graphs, where those can hold it."""
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=recipe.dtype == "float16")
 
     def step(x_BCHW: Tensor, y_B: Tensor, image_px: int) -> tuple[Tensor, Tensor]:
-        return train_step(setup, recipe, scaler, resize(x_BCHW, image_px), y_B)
+        return train_step(setup, recipe, resize(x_BCHW, image_px), y_B)
 
     if setup.device.type != "cuda" or setup.ranks.count > 1 or not can_record(recipe):
         return step
@@ -197,9 +196,7 @@ def ready_step(setup: Setup, recipe: Recipe) -> Step:
     return StepGraphs(step, recipe, setup.model, setup.optimizers, x_BCHW, setup.loader.labels_N[: recipe.batch_size])
 
 
-def train_step(
-    setup: Setup, recipe: Recipe, scaler: torch.amp.GradScaler, x_BCHW: Tensor, y_B: Tensor
-) -> tuple[Tensor, Tensor]:
+def train_step(setup: Setup, recipe: Recipe, x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
     """One update of the weights; returns the loss summed over the batch and the number of right answers, unread.
 
     With several processes the images are this one's part of the batch, and what is returned is of the whole; with
@@ -214,15 +211,15 @@ def train_step(
     with torch.autocast(x_BCHW.device.type, x_BCHW.dtype, enabled=x_BCHW.dtype != torch.float32):
         logits_BK = setup.forward(x_BCHW).float()
     loss = F.cross_entropy(logits_BK, target, label_smoothing=recipe.label_smoothing, reduction="sum")
-    scaler.scale(loss if recipe.optim.sums_loss else loss / (len(x_BCHW) * setup.ranks.count)).backward()
+    setup.scaler.scale(loss if recipe.optim.sums_loss else loss / (len(x_BCHW) * setup.ranks.count)).backward()
     setup.ranks.add_gradients(setup.model.parameters())
     if isinstance(recipe.optim, ClassicOptim) and recipe.optim.clip_norm:
         for optimizer in setup.optimizers:
-            scaler.unscale_(optimizer)
+            setup.scaler.unscale_(optimizer)
         clip_grad_norm_(setup.model.parameters(), recipe.optim.clip_norm)
     for optimizer in setup.optimizers:
-        scaler.step(optimizer)
-    scaler.update()
+        setup.scaler.step(optimizer)
+    setup.scaler.update()
     setup.model.zero_grad(set_to_none=True)
     hits = (logits_BK.detach().argmax(1) == y_B).sum()
     return setup.ranks.add(loss.detach()) / recipe.members, setup.ranks.add(hits) / recipe.members
@@ -271,7 +268,8 @@ def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks:
         for weight, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
     tensors |= {f"best.{name}": value for name, value in looks.best_state.items()}
-    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, looks.facts())
+    facts = looks.facts(), setup.scaler.state_dict()
+    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, *facts)
 
 
 def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks) -> Position:
@@ -282,15 +280,22 @@ def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks) -> P
 
     setup.model.load_state_dict(named("model."))
     for number, optimizer in enumerate(setup.optimizers):
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         state = defaultdict(dict)
-        for name, tensor in checkpoint.tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                weight, part = name.split(".")[2:]
-                state[int(weight)][part] = tensor
+        for name, tensor in named(f"optimizer.{number}.").items():
+            place, part = name.split(".")
+            weight = weights[int(place)]
+            if tensor.shape == weight.shape:  # torch's fused optimizers read both as they lie in memory
+                tensor = torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
+            state[int(place)][part] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    torch.set_rng_state(checkpoint.tensors["random.cpu"])
-    if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
-        torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
+    setup.scaler.load_state_dict(checkpoint.scaler)
+    if setup.ranks.rank:  # the checkpoint has the random numbers of rank 0
+        torch.manual_seed((torch.initial_seed() + (checkpoint.step << 40)) % 2**63)
+    else:
+        torch.set_rng_state(checkpoint.tensors["random.cpu"])
+        if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
     pace.knots = list(checkpoint.knots)
     looks.best_state = named("best.")
     for name, fact in checkpoint.looks.items():

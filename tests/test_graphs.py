@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from fastcifar import graphs
-from fastcifar.budget import stage_at
+from fastcifar.budget import Knot, Pace, Position, stage_at
 from fastcifar.display import Display
 from fastcifar.graphs import StepGraphs, can_record, turning_points, untouched
 from fastcifar.job import Job
+from fastcifar.looks import Looks
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.recipes import find_recipe
 from fastcifar.resize import resize
 from fastcifar.settings import MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage
 from fastcifar.setup import Setup, set_up
-from fastcifar.train import train_step
+from fastcifar.train import fit, train_step
 
 RECIPE = Recipe(
     batch_size=16,
@@ -54,13 +55,12 @@ def made(small_cifar) -> Setup:
 
 
 def plain_step(setup: Setup):
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return lambda x, y, px: train_step(setup, RECIPE, scaler, resize(x, px), y)
+    return lambda x, y, px: train_step(setup, RECIPE, resize(x, px), y)
 
 
-def graphed_step(setup: Setup) -> StepGraphs:
+def graphed_step(setup: Setup, recipe: Recipe = RECIPE) -> StepGraphs:
     x_BCHW = setup.loader.take(torch.arange(RECIPE.batch_size))
-    return StepGraphs(plain_step(setup), RECIPE, setup.model, setup.optimizers, x_BCHW, setup.loader.labels_N[:16])
+    return StepGraphs(plain_step(setup), recipe, setup.model, setup.optimizers, x_BCHW, setup.loader.labels_N[:16])
 
 
 def losses(setup: Setup, step) -> list[torch.Tensor]:
@@ -93,6 +93,18 @@ def test_a_graph_for_each_size_and_set_of_weights_that_learn(recorded, small_cif
         (32, everything - 1),
     }
     assert all(weight.requires_grad for weight in step.weights), "none has stopped learning before the first step"
+
+
+def test_every_step_of_a_training_has_its_graph(recorded, small_cifar, monkeypatch):
+    """Also where one step is the first of an image size and the first without the whitening bias, or nearly both."""
+    for until in (0.3, 0.31, 0.35, 0.7):
+        recipe = replace(RECIPE, optim=SpeedOptim(whiten_bias_until=until))
+        for steps in (3, 4, 7, 10):
+            setup = set_up(Job("speed", recipe, data=small_cifar, device="cpu", steps=steps), Display())
+            monkeypatch.setattr("fastcifar.train.ready_step", lambda setup, recipe: graphed_step(setup, recipe))
+            pace = Pace(recipe.stages, [Knot(0, 0.0, steps)])
+            done = [row for rows in fit(setup, recipe, pace, Position(), Looks(None, 100)) for row in rows]
+            assert len(done) == steps
 
 
 def test_recording_leaves_no_trace(recorded, small_cifar):

@@ -1,10 +1,12 @@
 """The run folder: whole files or none."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from fastcifar.budget import Knot
@@ -44,9 +46,25 @@ def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path):
         found = RunFolder(tmp_path).read_checkpoint()
         assert found.step >= steps[-1]
         assert (found.tensors["model.x"] == found.step).all()
+    RunFolder(tmp_path).finish({"done": True})
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "no half of a checkpoint may stay"
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", b"\xff" * 64])
+def with_facts(facts: str) -> bytes:
+    return safetensors.torch.save({"model.x": torch.zeros(1)}, {"facts": facts})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ",
+        b"\xff" * 64,
+        with_facts("[]"),
+        with_facts('{"step": 1, "knots": [{"steps": 3}]}'),
+        with_facts('{"step": 1, "spent_s": 0, "train_s": 0, "knots": [], "mood": "bad"}'),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     (tmp_path / "checkpoint.safetensors").write_bytes(damage)
     with pytest.raises(UsageError, match=r"checkpoint\.safetensors"):
@@ -69,6 +87,40 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_a_full_disk_is_named(tmp_path):
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from fastcifar.run import Metrics, RunFolder\n"
+        "from fastcifar.errors import UsageError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "metrics = Metrics(RunFolder(Path(sys.argv[1])))\n"
+        "try:\n    while True: metrics.add({'loss': 1.0})\n"
+        "except UsageError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert f"cannot write {tmp_path}/metrics.jsonl" in done.stdout
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path):
+    for folder in (tmp_path / ("x" * 300), tmp_path / "a file" / "run"):
+        (tmp_path / "a file").touch()
+        with pytest.raises(UsageError, match="--out: cannot make the folder"):
+            RunFolder.create(folder, "speed")
+        with pytest.raises(UsageError, match="holds no run"):
+            RunFolder.open(folder)
+
+
+def test_hints_can_be_typed_as_they_stand(tmp_path):
+    folder = RunFolder.create(tmp_path / "my run", "speed")
+    folder.write_checkpoint(Checkpoint({}, 1, 0.0, 0.0, []))
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(folder.path, "speed")
+    assert caught.value.hint == f"fastcifar train --resume '{folder.path}', or another --out"
+    folder.finish({})
+    with pytest.raises(UsageError) as caught:
+        RunFolder.create(folder.path, "speed")
+    assert caught.value.hint == f"fastcifar eval '{folder.path}', or another --out"
+
+
 def test_metrics_past_the_checkpoint_and_half_lines_are_dropped(tmp_path):
     folder = RunFolder(tmp_path)
     metrics = Metrics(folder)
@@ -87,7 +139,9 @@ def test_metrics_past_the_checkpoint_and_half_lines_are_dropped(tmp_path):
 def checkout(tmp_path, monkeypatch):
     """A repository with one commit, and this package in it as if it had been cloned there."""
     monkeypatch.delenv("FASTCIFAR_COMMIT", raising=False)
-    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false"]
     (tmp_path / "run.py").write_text("")
 
     def git(*words):

@@ -25,9 +25,10 @@ from fastcifar.job import Job
 from fastcifar.loaders.feed import import_loader
 from fastcifar.looks import Looks
 from fastcifar.models.speednet import SpeedNet
+from fastcifar.ranks import Ranks
 from fastcifar.resize import resize
 from fastcifar.run import RunFolder
-from fastcifar.settings import Augment, ClassicOptim, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
+from fastcifar.settings import Augment, ClassicOptim, CnnModel, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
 from fastcifar.setup import Setup, set_up, warm_up
 from fastcifar.train import Position, capture, fit, restore, train, train_step
 
@@ -333,11 +334,14 @@ def test_held_out_images_are_not_trained_on():
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_momenta_and_dropout_go_on_where_they_were(job, name):
-    """Every kind of optimizer keeps state of its own, and dropout's random numbers have a place, too."""
+@pytest.mark.parametrize("model", [MlpModel(hidden=(16,)), CnnModel(blocks=((8,), (16,)), dropout=0.2)])
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_momenta_and_dropout_go_on_where_they_were(job, tmp_path, name, model, loader):
+    """Every kind of optimizer keeps state of its own, filters and their momenta are channels-last, and dropout's random
+    numbers have a place, too."""
     optim = ClassicOptim(name=name, lr=1e-3, clip_norm=1.0)
-    settings = Recipe(batch_size=125, model=MlpModel(hidden=(16,)), optim=optim, dtype="float32")
-    job = replace(job, settings=settings, steps=12)
+    settings = Recipe(batch_size=125, model=model, optim=optim, dtype="float32")
+    job = replace(job, settings=settings, steps=12, loader=loader, workers=1)
 
     def begin() -> tuple[Setup, Pace]:
         return set_up(job, Display()), Pace(settings.stages, [Knot(0, 0.0, 12)])
@@ -349,11 +353,11 @@ def test_momenta_and_dropout_go_on_where_they_were(job, name):
     for rows in fit(half, settings, pace, position, NO_LOOKS):
         if rows[-1]["step"] >= 5:
             break
-    kept = capture(half, pace, position, 0.0, NO_LOOKS)
-    checkpoint = replace(kept, tensors={name: tensor.clone() for name, tensor in kept.tensors.items()})
+    folder = RunFolder.create(tmp_path / "run", "mine")
+    folder.write_checkpoint(capture(half, pace, position, 0.0, NO_LOOKS))
     torch.rand(7)  # someone else draws
     rest, pace = begin()
-    for _ in fit(rest, settings, pace, restore(rest, pace, checkpoint, NO_LOOKS), NO_LOOKS):
+    for _ in fit(rest, settings, pace, restore(rest, pace, folder.read_checkpoint(), NO_LOOKS), NO_LOOKS):
         pass
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, rest.model.state_dict()[name]), name
@@ -423,14 +427,37 @@ def test_float16_steps_as_float32_does(job):
             replace(job, settings=replace(SMALL, dtype="float32", model=SpeedNetModel(widths=(8, 8, 8)))), Display()
         )
         before = {name: value.clone() for name, value in setup.model.named_parameters()}
-        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        setup = replace(setup, scaler=torch.amp.GradScaler("cpu", enabled=dtype == torch.float16))
         x_BCHW, y_B = next(iter(setup.loader.epoch(0)))
-        train_step(setup, SMALL, scaler, resize(x_BCHW[:8], 18).to(dtype), y_B[:8])
+        train_step(setup, SMALL, resize(x_BCHW[:8], 18).to(dtype), y_B[:8])
         # Muon would blow the rounding of tiny gradients up; the weights that SGD moves follow theirs in proportion.
         moved = [(w - before[n]).flatten() for n, w in setup.model.named_parameters() if w.ndim < 4]
         updates.append(torch.cat(moved).detach())
     assert updates[0].norm() > 0
     assert (updates[0] - updates[1]).norm() < 0.05 * updates[0].norm()
+
+
+def test_float16s_scale_goes_on_where_it_was(job):
+    """It begins with 65,536 and, after an overflow, halves: to begin anew would be to overflow anew."""
+    setup = replace(set_up(job, Display()), scaler=torch.amp.GradScaler("cpu", init_scale=32.0, growth_interval=2))
+    pace = Pace(SMALL.stages, [Knot(0, 0.0, 20)])
+    setup.scaler.scale(torch.ones(()))
+    kept = capture(setup, pace, Position(step=1), 0.0, NO_LOOKS)
+    fresh = replace(setup, scaler=torch.amp.GradScaler("cpu"))
+    restore(fresh, pace, kept, NO_LOOKS)
+    assert fresh.scaler.state_dict() == setup.scaler.state_dict()
+
+
+def test_ranks_draw_their_own_dropout_after_a_resume(job):
+    pace = Pace(SMALL.stages, [Knot(0, 0.0, 20)])
+    setup = set_up(job, Display())
+    kept = capture(setup, pace, Position(step=1), 0.0, NO_LOOKS)
+    drawn = []
+    for rank in range(3):
+        torch.manual_seed(rank)
+        restore(replace(setup, ranks=Ranks(rank, 3)), pace, kept, NO_LOOKS)
+        drawn.append(torch.rand(()).item())
+    assert len(set(drawn)) == 3
 
 
 def losses(setup: Setup, knots: list[Knot]) -> tuple[list[float], list[int]]:

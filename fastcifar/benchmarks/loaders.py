@@ -137,14 +137,13 @@ def measure(loaders: dict[tuple[str, int], Loader], display: Display) -> dict[tu
 
 def step_rate(setup: Setup, image_px: int) -> float:
     """Images a second through forward, backward and optimizers alone."""
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=False)
     x_BCHW, y_B = next(setup.loader.epoch(0))
     x_BCHW = resize(x_BCHW, image_px)
     times_s = []
     for _ in range(STEPS):
         synchronize(setup.device)
         began_s = time.perf_counter()
-        train_step(setup, setup.recipe, scaler, x_BCHW, y_B)
+        train_step(setup, setup.recipe, x_BCHW, y_B)
         synchronize(setup.device)
         times_s.append(time.perf_counter() - began_s)
     return len(y_B) / statistics.median(times_s)

@@ -29,6 +29,7 @@ class TorchLoader(Loader):
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=outlive_sigterm,
+            generator=torch.Generator(),  # its workers draw nothing, and the global one is dropout's
         )
         for x_BCHW, y_B in batches:
             x_BCHW = x_BCHW.to(self.device, self.dtype, non_blocking=True, memory_format=torch.channels_last)

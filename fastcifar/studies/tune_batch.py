@@ -79,7 +79,6 @@ def time_batch(setup: Setup, batch_size: int) -> Measured:
     if setup.forward is not setup.model:  # compiled anew for every size, as a training would
         torch.compiler.reset()
         setup = replace(setup, forward=cast(nn.Module, torch.compile(setup.model)))
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.recipe.dtype == "float16")
     x_BCHW, y_B = next(iter(setup.loader.epoch(0)))
     x_BCHW, times_s = resize(x_BCHW, largest_px(setup)), []
     if setup.device.type == "cuda":
@@ -87,7 +86,7 @@ def time_batch(setup: Setup, batch_size: int) -> Measured:
     while len(times_s) < WARM_UP + STEPS or sum(times_s) < LEAST_S:
         synchronize(setup.device)
         began_s = time.perf_counter()
-        train_step(setup, setup.recipe, scaler, x_BCHW, y_B)
+        train_step(setup, setup.recipe, x_BCHW, y_B)
         synchronize(setup.device)
         times_s.append(time.perf_counter() - began_s)
     return Measured(batch_size, batch_size / statistics.median(times_s[WARM_UP:]), used_bytes(setup.device))

@@ -74,7 +74,6 @@ def measure(job: Job, setup: Setup, display: Display) -> dict:
 
 def rise(setup: Setup) -> Iterator[tuple[float, float]]:
     """(factor, loss of an image before the step with it), on images of the size that the recipe begins with."""
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.recipe.dtype == "float16")
     batches = itertools.chain.from_iterable(setup.loader.epoch(epoch) for epoch in itertools.count())
     groups = [group for optimizer in setup.optimizers for group in optimizer.param_groups]
     decays = [group.get("weight_decay", 0.0) for group in groups]
@@ -85,7 +84,7 @@ def rise(setup: Setup) -> Iterator[tuple[float, float]]:
             group["lr"] = factor * group["lr_peak"]
             if isinstance(setup.recipe.optim, SpeedOptim) and decay:
                 group["weight_decay"] = decay / factor  # as `build_optimizers` would: it divides by the rate
-        loss, _ = train_step(setup, setup.recipe, scaler, resize(x_BCHW, image_px), y_B)
+        loss, _ = train_step(setup, setup.recipe, resize(x_BCHW, image_px), y_B)
         yield factor, loss.item() / len(y_B)
 
 
