@@ -30,8 +30,7 @@ from fastcifar.data import source
 from fastcifar.data.dataset import Split
 from fastcifar.data.tfrecord import write_tfrecord
 from fastcifar.display import Display
-from fastcifar.process import physical_cores
-from fastcifar.report import processor
+from fastcifar.process import physical_cores, processor
 from fastcifar.run import source_commit, write_atomically
 
 BATCH, ROUNDS = 1000, 7

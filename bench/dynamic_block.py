@@ -20,7 +20,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from fastcifar.models.dynamic import DynamicConv2d, now_s, time_forms  # noqa: E402
-from fastcifar.report import processor  # noqa: E402
+from fastcifar.process import processor  # noqa: E402
 from fastcifar.run import source_commit  # noqa: E402
 
 ROUNDS, WARM_UP, GATE_IMAGES = 15, 3, 32

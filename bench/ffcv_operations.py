@@ -25,8 +25,7 @@ from fastcifar.data import source  # noqa: E402
 from fastcifar.display import Display  # noqa: E402
 from fastcifar.loaders.augment import MEAN_C, STD_C  # noqa: E402
 from fastcifar.loaders.feed import open_feed  # noqa: E402
-from fastcifar.process import physical_cores  # noqa: E402
-from fastcifar.report import processor  # noqa: E402
+from fastcifar.process import physical_cores, processor  # noqa: E402
 from fastcifar.run import source_commit, write_atomically  # noqa: E402
 from fastcifar.settings import Augment  # noqa: E402
 

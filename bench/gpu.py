@@ -28,8 +28,7 @@ import torch
 
 from fastcifar.benchmarks import loaders, train
 from fastcifar.budget import parse_duration
-from fastcifar.errors import DeviceError, UsageError, UserError
-from fastcifar.recipes import NAMED
+from fastcifar.errors import DeviceError, UsageError, UserError, read_error
 from fastcifar.run import make_folder, source_commit, write_atomically, write_json
 
 BENCH = Path(__file__).parent
@@ -98,9 +97,8 @@ def throughput_command(asked: Asked) -> list[str]:
 
 
 def runs_command(asked: Asked) -> list[str]:
-    names = [name for name in SPEED_RECIPES if name in NAMED]
     where = ["--runs", str(RUNS), *asked.where(dataset=False), "--out", str(asked.file("runs.jsonl"))]
-    return script("gpu_runs.py", "--recipes", *names, *where)
+    return script("gpu_runs.py", "--recipes", *SPEED_RECIPES, *where)
 
 
 def peers_command(asked: Asked) -> list[str] | str:
@@ -162,9 +160,7 @@ def show_runs(rows: list[dict]) -> Iterator[str]:
         for row in rows:
             if row["recipe"] == name and "not_measured" in row:
                 yield f"| {name}, seed {row['seed']} | | {NOT_MEASURED}: {row['not_measured']} | | |"
-        if name not in NAMED:
-            yield f"| {name} | | {NOT_MEASURED}: no such recipe in this commit | | |"
-        elif runs:
+        if runs:
             train_s = statistics.median(row["train_s"] for row in runs)
             both_s = statistics.median(row["train_s"] + row["eval_s"] for row in runs)
             accuracies = spread([row["accuracy_tta"] for row in runs])
@@ -323,9 +319,10 @@ def measure(name: str, part: Part, asked: Asked, deadline_s: float) -> dict:
     if part.file and name not in RESUMED:
         asked.file(part.file).unlink(missing_ok=True)  # of an earlier call that failed
     began_s = time.monotonic()
-    code = run(command, asked.file(f"{name}.log"), limit_s, asked.device)
+    log = asked.file(f"{name}.log")
+    code = run(command, log, limit_s, asked.device)
     status, why = {0: (MEASURED, ""), None: (STOPPED, f"killed after {limit_s:.0f} s")}.get(
-        code, (FAILED, f"exit code {code}: {last_line(asked.file(f'{name}.log'))}")
+        code, (FAILED, f"exit code {code}: {read_error(log.read_text(errors='replace'))[0][:300]}")
     )
     figures = read_figures(part, asked, name)
     if figures is None and status == MEASURED:
@@ -346,10 +343,6 @@ def run(command: list[str], log: Path, limit_s: float, device: str) -> int | Non
         finally:
             with suppress(ProcessLookupError):  # with everything that it started
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def last_line(log: Path) -> str:
-    return (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
 
 
 def read_figures(part: Part, asked: Asked, name: str) -> object:

@@ -25,8 +25,7 @@ from fastcifar.display import Display
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.feed import LOADERS, Feed, open_feed
 from fastcifar.loaders.loader import Loader
-from fastcifar.process import physical_cores
-from fastcifar.report import processor
+from fastcifar.process import physical_cores, processor
 from fastcifar.run import source_commit, write_atomically
 from fastcifar.settings import Augment
 

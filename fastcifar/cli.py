@@ -6,6 +6,7 @@ Whatever needs torch is imported inside the verbs, so that `fastcifar --help` an
 import importlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -71,7 +72,7 @@ def train(chosen: Namespace, started_s: float) -> int:
     from fastcifar.run import RunFolder
 
     follower = int(os.environ.get("RANK", 0)) > 0  # of the processes that torchrun started
-    job = saved_job(chosen.resume) if chosen.resume is not None else read_job(chosen)
+    job = resumed_job(chosen) if chosen.resume is not None else read_job(chosen)
     if follower:
         folder = RunFolder.scratch(chosen.resume)
     else:
@@ -88,7 +89,7 @@ def train(chosen: Namespace, started_s: float) -> int:
             result = train(job, folder, display, started_s, resume=chosen.resume is not None, ranks=ranks)
     except KeyboardInterrupt:
         if (folder.path / "checkpoint.safetensors").exists():
-            display.say(f"Stopped. Go on with: fastcifar train --resume {folder.path}")
+            display.say(f"Stopped. Go on with: fastcifar train --resume {shlex.quote(str(folder.path))}")
         raise
     finally:
         display.close()
@@ -115,7 +116,9 @@ def plan(chosen: Namespace, started_s: float) -> int:
     where = {"images": TRAINING_IMAGES, "classes": classes, "device": pick_device(chosen.device)}
     choices = choose(chosen.dataset, **where, budget_s=budget_s, spent_s=lambda: time.monotonic() - started_s)
     refuse_hopeless(budget_s, choices[0].train_s)
-    print_plan(choices, chosen.budget)
+    elsewhere = {"--dataset": (chosen.dataset, "cifar10"), "--device": (chosen.device, "auto")}
+    flags = [f" {flag} {value}" for flag, (value, default) in elsewhere.items() if value != default]
+    print_plan(choices, f"fastcifar train --budget {shlex.quote(chosen.budget)}{''.join(flags)}")
     if chosen.json:
         print(json.dumps([asdict(choice) for choice in choices]))
     return EXIT_DONE
@@ -181,9 +184,12 @@ def bench(chosen: Namespace, started_s: float) -> int:
     prepare_process()
     options = chosen[chosen.subcommand]
     if chosen.subcommand == "kernels":
+        from fastcifar.benchmarks.loaders import make_room
         from fastcifar.run import source_commit
         from fastcifar_kernels import bench
 
+        if options.out is not None:
+            make_room(options.out)
         return bench.run(options.out, source_commit())
     from fastcifar.benchmarks import loaders, train
     from fastcifar.display import Display
@@ -219,6 +225,15 @@ def prepare_process() -> None:
 
     tune_allocator()
     set_threads()
+
+
+def resumed_job(chosen: Namespace) -> Job:
+    """The interrupted job; where its data are and what trains it may be another place now. Raises UsageError."""
+    job, again = saved_job(chosen.resume), f"fastcifar train --resume {shlex.quote(str(chosen.resume))}"
+    elsewhere = [name for name in chosen.given if name in ("data", "loader", "workers", "device")]
+    if others := set(chosen.given) - {"resume", "json", *elsewhere}:
+        raise UsageError(f"--resume: goes on as the run began, without --{min(others)}.", again)
+    return replace(job, **{name: chosen[name] for name in elsewhere})
 
 
 def saved_job(run: Path) -> Job:

@@ -122,8 +122,8 @@ def print_result(result: dict, folder: Path) -> None:
     )
 
 
-def print_plan(choices: Sequence["Choice"], budget: str) -> None:
-    """`fastcifar plan`: what the first one, the best, is made of, then all of them."""
+def print_plan(choices: Sequence["Choice"], command: str) -> None:
+    """`fastcifar plan`: what the first one, the best, is made of and the command that does it, then all of them."""
     best = choices[0]
     recipe, model = best.recipe, best.recipe.model
     stages = ", ".join(f"{stage.image_px} pixels until {stage.until:.0%}" for stage in recipe.stages)
@@ -135,7 +135,7 @@ def print_plan(choices: Sequence["Choice"], budget: str) -> None:
     ]
     if best.expected:
         rows.append(("accuracy", f"{best.expected}, with the second look"))
-    print_table([*rows, ("to do it", f"fastcifar train --budget {budget}"), ("", "")])
+    print_table([*rows, ("to do it", command), ("", "")])
     headings = "measured", "images/s, 20 px", "32 px", "epochs", "accuracy, 95 of 100"
     print_columns(
         headings,

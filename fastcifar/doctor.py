@@ -15,7 +15,6 @@ from fastcifar.errors import UserError
 from fastcifar.loaders import augment
 from fastcifar.loaders.feed import LOADERS, Feed, import_loader
 from fastcifar.loaders.loader import Loader
-from fastcifar.report import processor
 from fastcifar.result import installed
 from fastcifar.run import source_commit
 from fastcifar.settings import Augment
@@ -31,14 +30,14 @@ def examine() -> list[tuple[str, str]]:
         ("fastcifar", f"{__version__}, commit {source_commit() or 'unknown (not a git checkout)'}"),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("packages", versions),
-        ("processor", f"{processor()}, {process.physical_cores()} physical cores for this process"),
+        ("processor", f"{process.processor()}, {process.physical_cores()} physical cores for this process"),
         ("instructions", cpu_capability()),
         ("threads", f"torch {torch.get_num_threads()}, numba {numba.get_num_threads()}"),
         ("allocator", describe_allocator()),
         *describe_gpus(),
         *try_loaders(),
         ("download", try_torchvision()),
-        ("parquet files", "can be read" if installed("pyarrow") else "need: pip install 'fastcifar[parquet]'"),
+        ("parquet files", "can be read" if installed("pyarrow") else "cannot be read without pyarrow: make dev"),
         ("triton kernels", try_triton()),
     ]
 

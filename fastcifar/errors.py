@@ -28,6 +28,18 @@ class UserError(Exception):
         return f"{self.message}\n  try: {self.hint}" if self.hint else self.message
 
 
+def read_error(said: str) -> tuple[str, str]:
+    """(message, hint) of the error that a `fastcifar` of another process ended with, from what it said.
+
+    Of one that ended otherwise, the last line, such as a traceback's, and no hint.
+    """
+    _, named, last = said.rpartition("fastcifar: ")
+    if not named:
+        return (said.strip().splitlines() or [""])[-1], ""
+    message, _, hint = last.strip().partition("\n  try: ")
+    return " ".join(message.split()), hint
+
+
 class UsageError(UserError):
     """A flag, recipe or value that makes no sense."""
 

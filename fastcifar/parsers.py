@@ -1,7 +1,7 @@
 """What may be typed: a parser for each verb, the flags of `train` taken from the fields of the recipe it names."""
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +12,13 @@ from fastcifar.budget import Knot
 from fastcifar.errors import UsageError
 from fastcifar.job import AUTO, Job
 from fastcifar.recipes import find_named, find_recipe
-from fastcifar.settings import Recipe
+from fastcifar.settings import Recipe, ResNet34Model
 
 DATASETS = Literal["cifar10", "cifar100", "shapes10"]
 LOADERS = Literal["resident", "ffcv", "dali", "torch"]
 DEFAULT_RECIPE = "speed"  # without a budget, or when one of its fields is given
+RECIPE_FIELDS = [field.name for field in fields(Recipe) if field.name != "epochs"]  # those are a flag like --steps
+LIMITS = ("budget", "epochs", "steps")
 STUDIES = {  # which have parsers of their own, in studies/
     "ablate": "what each part of a recipe is worth, or which value of a field is best",
     "reproduce": "train the recipes of the reports, beside what was reported",
@@ -26,29 +28,51 @@ STUDIES = {  # which have parsers of their own, in studies/
 
 
 def parse(words: list[str], verb: str = "") -> Namespace:
-    """Raises UsageError naming the flag that is wrong, and the help of `verb`, if it is another than the first word."""
+    """What the words say; of `train` also `given`, the flags that were typed or stand in a config.
+
+    Raises UsageError naming the flag that is wrong, and the help of `verb`, if it is another than the first word.
+    """
     parser = build_parser(words)
     try:
-        return parser.instantiate(parser.parse_args(words))
+        given = parser.parse_args(words, defaults=False)
+        chosen = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
         raise UsageError(
             " ".join(str(error).split()), " ".join(["fastcifar", *([verb] if verb else words[:1]), "--help"])
         ) from error
+    if "train" in given:
+        settle(chosen["train"], given["train"], {word.partition("=")[0] for word in words})
+    return chosen
+
+
+def settle(chosen: Namespace, given: Namespace, typed: set[str]) -> None:
+    """A field without a recipe is one of DEFAULT_RECIPE's; how long to train is typed rather than in a config."""
+    chosen.given = sorted(given.keys())
+    if chosen.recipe == AUTO and any(name in given for name in RECIPE_FIELDS):
+        chosen.recipe = DEFAULT_RECIPE
+    if any(f"--{limit}" in typed for limit in LIMITS):
+        for limit in LIMITS:
+            if f"--{limit}" not in typed:
+                chosen[limit] = None
 
 
 def read_job(chosen: Namespace) -> Job:
     """The job that the flags of `train` describe. Raises UsageError."""
-    limits = [f"--{name}" for name in ("budget", "epochs", "steps") if chosen[name] is not None]
+    limits = [f"--{name}" for name in LIMITS if chosen[name] is not None]
     if len(limits) > 1:
         raise UsageError(f"{' and '.join(limits)} cannot both say how long to train.", f"only {limits[0]}")
-    recipe = {field.name: chosen[field.name] for field in fields(Recipe) if field.name != "epochs"}
+    recipe = {name: chosen[name] for name in RECIPE_FIELDS}
     found = find_recipe(DEFAULT_RECIPE if chosen.recipe == AUTO else chosen.recipe, chosen.as_reported)
     settings = Recipe(**recipe, epochs=found.epochs if chosen.epochs is None else chosen.epochs)  # type: ignore[arg-type]
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
+    # config.yaml may be read from another folder
     if chosen.data is not None:
-        job["data"] = chosen.data.expanduser().absolute()  # config.yaml may be read from another folder
-    if chosen.recipe == AUTO and not (chosen.budget and settings == found):
+        job["data"] = chosen.data.expanduser().absolute()
+    if isinstance(settings.model, ResNet34Model) and settings.model.weights not in ("", "imagenet"):
+        weights = str(Path(settings.model.weights).expanduser().absolute())
+        settings = replace(settings, model=replace(settings.model, weights=weights))
+    if chosen.recipe == AUTO and not chosen.budget:
         job["recipe"] = DEFAULT_RECIPE
     return Job(settings=settings, **job)  # type: ignore[arg-type]
 
@@ -60,6 +84,7 @@ def build_parser(words: list[str]) -> ArgumentParser:
         description="The fastest honest way to train a CIFAR-10 or CIFAR-100 model.",
         version=f"fastcifar {__version__}",
         exit_on_error=False,
+        allow_abbrev=False,  # what finds the recipe's name before all else knows whole flags only
     )
     verbs = parser.add_subcommands()
     verbs.add_subcommand("train", train_parser(words), help="train a model, inside a wall-clock budget if one is given")
@@ -142,7 +167,7 @@ def add_benchmarks(parser: ArgumentParser) -> None:
     what.add_subcommand("loaders", loaders, help="the loaders beside what a training step takes")
     train = ArgumentParser(exit_on_error=False, description="Images a second, TFLOP/s, memory and energy by recipe.")
     train.add_argument("--recipe", nargs="+", type=str, default=[], help="which (default: one of each kind)")
-    add_data_arguments(train)
+    add_data_arguments(train, None)
     train.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:1")
     train.add_argument("--seeds", type=int, default=0, help="also so many complete trainings of each, on all GPUs")
     train.add_argument("--target", type=float | None, default=None, help="test that their mean accuracy is above this")
@@ -158,8 +183,10 @@ def verify_parser() -> ArgumentParser:
     return parser
 
 
-def add_data_arguments(parser: ArgumentParser, dataset: str = "cifar10") -> None:
-    parser.add_argument("--dataset", type=DATASETS, default=dataset, help="what to use")
+def add_data_arguments(parser: ArgumentParser, dataset: str | None = "cifar10") -> None:
+    """Args: dataset: the default; None is each recipe's own."""
+    kind, help = (DATASETS, "what to use") if dataset else (DATASETS | None, "what to use (default: the recipe's)")
+    parser.add_argument("--dataset", type=kind, default=dataset, help=help)
     parser.add_argument(
         "--data", type=Path | None, default=None, help="where it is: archive, folder, PNG tree, parquet, `data write`"
     )
@@ -247,7 +274,11 @@ def named_recipe(words: list[str]) -> tuple[str, bool]:
     if known.config is not None and known.config.is_file():
         import yaml
 
-        read = yaml.safe_load(known.config.read_text())
+        try:
+            read = yaml.safe_load(known.config.read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            message = f"--config: {known.config} is no YAML file: {' '.join(str(error).split())}."
+            raise UsageError(message, "fastcifar recipes show speed") from error
         content = read if isinstance(read, dict) else {}
-    name = known.recipe or content.get("recipe", AUTO)
+    name = known.recipe or str(content.get("recipe", AUTO))
     return DEFAULT_RECIPE if name == AUTO else name, known.as_reported or bool(content.get("as_reported"))

@@ -83,7 +83,8 @@ SPEED_PAIR = replace(SPEED_WIDE, epochs=12.0, members=2)
 PUBLISHED = SpeedNetModel(own_kernels=False, mixtures=False)
 AIRBENCH94 = Recipe(batch_size=2000, epochs=8.0, model=PUBLISHED, tta=Tta(shifts="corners"))
 
-# 94 % as soon as possible: 94.05 % on 2 CPU cores without AMX in 152 s, mean of five (README). No GPU measured.
+# 94 % as soon as possible: 94.05 % on 2 CPU cores without AMX after 152 s of training and evaluation, mean of five
+# (LOG.md). No GPU measured.
 #   fastcifar train --recipe speed94
 SPEED94 = replace(SPEED, epochs=11.0)
 

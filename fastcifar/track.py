@@ -125,7 +125,7 @@ def check_trackers(job: Job) -> None:
         try:
             import_module(TRACKERS[name][1])
         except ImportError as error:
-            raise UsageError(f"--track {name}: {error}.", "pip install 'fastcifar[track]'") from error
+            raise UsageError(f"--track {name}: {error}.", "make dev, or: pip install 'fastcifar[track]'") from error
 
 
 class Tracking:

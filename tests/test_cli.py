@@ -1,6 +1,7 @@
 """The command line as a person meets it: a process, its output, its exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,8 +11,9 @@ import yaml
 
 from fastcifar.cli import with_underscores
 from fastcifar.errors import UsageError
-from fastcifar.parsers import named_recipe, parse, read_job
+from fastcifar.parsers import STUDIES, named_recipe, parse, read_job
 from fastcifar.recipes import NAMED
+from fastcifar.settings import ResNet34Model
 
 
 def fastcifar(*words: str, **options) -> subprocess.CompletedProcess:
@@ -45,8 +47,8 @@ def test_what_needs_no_torch_does_not_import_it(words):
 
 def test_every_verb_stands_in_the_help():
     shown = fastcifar("--help").stdout
-    for verb in ("train", "eval", "data", "recipes", "ablate", "reproduce", "doctor"):
-        assert verb in shown
+    verbs = ("train", "plan", "eval", "data", "recipes", "bench", *STUDIES, "verify-kernels", "doctor")
+    assert [verb for verb in verbs if not re.search(rf"^ +{verb}\b", shown, re.MULTILINE)] == []
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_every_verb_stands_in_the_help():
         (["fly"], "fly"),
         (["train", "--bogus", "1"], "--bogus"),
         (["train", "--recipe", "nosuch"], "nosuch"),
+        (["train", "--rec", "cnn4"], "--rec"),  # shortened, it would train another recipe's network
         (["train", "--budget", "5"], "--budget"),
         (["train", "--budget", "5min", "--epochs", "3"], "--budget and --epochs"),
         (["train", "--steps", "0"], "--steps"),
@@ -219,11 +222,60 @@ def test_recipe_fields_are_overridden_by_dotted_name_and_by_file(tmp_path):
     assert job.seed == 3
 
 
+def test_with_a_field_given_nothing_is_planned(tmp_path):
+    (tmp_path / "mine.yaml").write_text("batch_size: 512")
+    assert job_of("--budget", "5min").planned
+    assert not job_of("--budget", "5min", "--dtype", "bfloat16").planned  # though it is the default
+    assert not job_of("--budget", "5min", "--config", str(tmp_path / "mine.yaml")).planned
+    assert not job_of().planned
+
+
 def test_what_show_prints_is_a_config(tmp_path):
     shown = fastcifar("recipes", "show", "speed")
     (tmp_path / "shown.yaml").write_text(shown.stdout)
-    assert job_of("--config", str(tmp_path / "shown.yaml")).settings == NAMED["speed"].recipe
+    whole = job_of("--config", str(tmp_path / "shown.yaml"))
+    assert whole.settings == NAMED["speed"].recipe
     assert yaml.safe_load(shown.stdout)["recipe"] == "speed"
+    for limit, value in ("budget", "5min"), ("steps", 3):
+        limited = job_of(f"--{limit}={value}", "--config", str(tmp_path / "shown.yaml"))
+        assert limited == replace(whole, **{limit: value}), "what is typed goes before what a file says"
+
+
+@pytest.mark.parametrize("content", ["a: [", "\udcff", "recipe: [a]", "- 1"])
+def test_a_damaged_config_is_named(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content.encode(errors="surrogateescape"))
+    for words in (["train", "--config", "config.yaml"], ["train", "--resume", "."], ["eval", "."]):
+        done = fastcifar(*words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "config" in done.stderr or "[" in done.stderr
+
+
+def test_weights_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = job_of("--recipe", "resnet34-pretrained", "--model.weights", "mine.pth").settings.model
+    assert model == ResNet34Model(str(tmp_path / "mine.pth"))
+    assert job_of("--recipe", "resnet34-pretrained").settings.model == ResNet34Model("imagenet")
+
+
+def test_what_is_resumed_may_find_its_data_elsewhere_and_changes_nothing_else(small_cifar, tmp_path):
+    (tmp_path / "moved").symlink_to(small_cifar)
+    words = ["--steps", "40", "--batch-size", "125", "--model.widths", "[8,8,8]", "--device", "cpu"]
+    where = ["--data", str(tmp_path / "moved"), "--out", str(tmp_path / "run")]
+    script = "import os, signal; from fastcifar import looks; from fastcifar.cli import main\n"
+    script += "looks.Looks.due = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+    done = subprocess.run([sys.executable, "-c", f"{script}main({['train', *words, *where]})"], capture_output=True)
+    assert b"--resume" in done.stderr, done.stderr
+    (tmp_path / "moved").unlink()
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    lost = fastcifar(*resume)
+    assert lost.returncode == 3
+    changed = fastcifar(*resume, "--epochs", "3")
+    assert changed.returncode == 2
+    assert "--epochs" in changed.stderr
+    found = fastcifar(*resume, "--data", str(small_cifar), "--json")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["steps"] == 40
 
 
 def test_a_job_survives_its_config_file(tmp_path):

@@ -141,7 +141,7 @@ def test_a_missing_package_is_named_before_anything_is_done(job, tmp_path, monke
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=f"--track {name}") as caught:
         train(replace(job, track=name), RunFolder.create(tmp_path / "run", "speed"), Display(), time.monotonic())
-    assert caught.value.hint == "pip install 'fastcifar[track]'"
+    assert caught.value.hint == "make dev, or: pip install 'fastcifar[track]'"
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -24,7 +24,8 @@ import torch
 
 from fastcifar.devices import pick_device
 from fastcifar.display import Display
-from fastcifar.errors import UsageError
+from fastcifar.errors import UsageError, read_error
+from fastcifar.recipes import find_named
 from fastcifar.run import source_commit
 
 FIGURES = ("test_acc_tta", "test_acc", "train_s", "wall_s", "device", "steps", "data_verified")
@@ -32,7 +33,11 @@ FIGURES = ("test_acc_tta", "test_acc", "train_s", "wall_s", "device", "steps", "
 
 @dataclass(frozen=True)
 class Plan:
-    """Which trainings: of `recipes`, with seeds 0 to `seeds` - 1, in `folder`; `where` is dataset, data and device."""
+    """Which trainings: of `recipes`, with seeds 0 to `seeds` - 1, in `folder`.
+
+    Args:
+        where: dataset (None is each recipe's own), data and device.
+    """
 
     recipes: list[str]
     seeds: int
@@ -41,11 +46,15 @@ class Plan:
 
     def flags(self, recipe: str, seed: int) -> list[str]:
         data = ["--data", str(self.where["data"])] if self.where["data"] else []
-        flags = ["--recipe", recipe, "--seed", str(seed), "--dataset", self.where["dataset"], *data]
+        flags = ["--recipe", recipe, "--seed", str(seed), "--dataset", own_dataset(recipe, self.where), *data]
         return [*flags, "--json", "--out", str(self.run_folder(recipe, seed))]
 
     def run_folder(self, recipe: str, seed: int) -> Path:
         return self.folder / f"{recipe}-{seed}"
+
+
+def own_dataset(recipe: str, where: dict) -> str:
+    return where["dataset"] or find_named(recipe).dataset
 
 
 @dataclass(frozen=True)
@@ -72,10 +81,11 @@ def train_all(plan: Plan, display: Display) -> list[Training]:
         seed, recipe = key
         worker = workers.get()
         try:
-            return train_one(plan, recipe, seed, *worker)
+            made = train_one(plan, recipe, seed, *worker)
+            display.say(f"{recipe}, seed {seed}: {made.error or 'done'}")
+            return made
         finally:
             workers.put(worker)
-            display.say(f"{recipe}, seed {seed}: done")
 
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
@@ -101,9 +111,7 @@ def train_one(plan: Plan, recipe: str, seed: int, device: str, environment: dict
         command = [sys.executable, "-m", "fastcifar", "train", *plan.flags(recipe, seed), "--device", device]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
         if done.returncode:
-            return Training(
-                recipe, seed, {}, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            )
+            return Training(recipe, seed, {}, read_error(done.stderr)[0] or f"exit code {done.returncode}")
     return Training(recipe, seed, json.loads((folder / "result.json").read_text()))
 
 
@@ -112,7 +120,7 @@ def refuse_other(plan: Plan, recipe: str, seed: int) -> None:
     file = plan.run_folder(recipe, seed) / "result.json"
     if not file.exists():
         return
-    found, commit, dataset = json.loads(file.read_text()), source_commit(), plan.where["dataset"]
+    found, commit, dataset = json.loads(file.read_text()), source_commit(), own_dataset(recipe, plan.where)
     if (found["commit"], found["dataset"]) != (commit, dataset):
         raise UsageError(
             f"--out: {file} is of commit {found['commit']} on {found['dataset']}, this is {commit} on {dataset}.",

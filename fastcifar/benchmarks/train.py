@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcifar.benchmarks.energy import ReadJoules, open_counter
 from fastcifar.benchmarks.loaders import make_room, versions
-from fastcifar.benchmarks.seeds import Plan, summarise, train_all
+from fastcifar.benchmarks.seeds import Plan, own_dataset, summarise, train_all
 from fastcifar.benchmarks.seeds import table as seeds_table
 from fastcifar.devices import out_of_memory_named, pick_device, synchronize
 from fastcifar.display import Display
@@ -55,7 +55,8 @@ def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: 
     """Measure, print tables, write `out` (JSON); returns the exit code: 1 if a recipe, or a training, went wrong.
 
     Args:
-        where: `dataset`, `data` and `device`, as Job has them.
+        where: `dataset`, `data` and `device`, as Job has them; a dataset of None is each recipe's own, and CIFAR-10
+            where no recipe is named.
 
     Raises DataError, DeviceError, UsageError.
     """
@@ -64,12 +65,17 @@ def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: 
         raise UsageError(f"--seeds: {problem}.", "--seeds 20 --target 0.94 --out bench.json")
     if target is not None and not 0 < target < 1:
         raise UsageError(f"--target: is an accuracy between 0 and 1, not {target:g}.", "--target 0.94")
-    jobs = {name: Job(name, find_recipe(name), **where, steps=1) for name in recipes or RECIPES}
+    if not recipes:
+        where = where | {"dataset": where["dataset"] or "cifar10"}
+    jobs = {
+        name: Job(name, find_recipe(name), own_dataset(name, where), where["data"], device=where["device"], steps=1)
+        for name in recipes or RECIPES
+    }
     device = pick_device(where["device"])
     if out is not None:
         make_room(out)
     _, why_no_energy = open_counter(device)
-    report = {**facts(device, where["dataset"]), "rows": [], "failed": {}, "no_energy": why_no_energy}
+    report = {**facts(device), "rows": [], "failed": {}, "no_energy": why_no_energy}
     for name, job in jobs.items():
         display.say(f"{name}: setting up")
         try:
@@ -94,14 +100,13 @@ def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: 
     return 1 if failed else EXIT_DONE
 
 
-def facts(device: torch.device, dataset: str) -> dict:
+def facts(device: torch.device) -> dict:
     """What the figures depend on beside the code."""
     return {
         "machine": f"{processor()}, {physical_cores()} cores",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": versions(),
         "commit": source_commit(),
-        "dataset": dataset,
     }
 
 
@@ -183,6 +188,7 @@ def describe_course(course: Course, peak: float) -> dict:
     flop = count_flop(recipe, len(course.setup.dataset.class_names), course.image_px)
     return {
         "recipe": course.setup.name,
+        "dataset": course.setup.dataset.name,
         "image_px": course.image_px,
         "batch_size": recipe.batch_size,
         "dtype": recipe.dtype,

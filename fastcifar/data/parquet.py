@@ -36,7 +36,8 @@ def read_parquet(official: Official, folder: Path, progress: Progress | None = N
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(
-            f"{folder} holds parquet files, and reading those needs pyarrow.", "pip install 'fastcifar[parquet]'"
+            f"{folder} holds parquet files, and reading those needs pyarrow.",
+            "make dev, or: pip install 'fastcifar[parquet]'",
         ) from error
 
     label_column = "label" if official is CIFAR10 else "fine_label"

@@ -23,7 +23,9 @@ def import_tfrecord() -> ModuleType:
     try:
         return importlib.import_module("tfrecord")
     except Exception as error:  # ImportError, and TypeError or VersionError from a protobuf that does not fit
-        raise UsageError(f"TFRecord files cannot be used here: {error}.", "pip install 'fastcifar[dali]'") from error
+        raise UsageError(
+            f"TFRecord files cannot be used here: {error}.", "make loaders, or: pip install 'fastcifar[dali]'"
+        ) from error
 
 
 def index_of(file: Path) -> Path:

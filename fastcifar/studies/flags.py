@@ -56,10 +56,9 @@ class Flags(argparse.ArgumentParser):
 def refuse_flags(verb: str, words: list[str], *more: str) -> None:
     """Raise UsageError for a flag of `train` that is the study's to set, or one of `more`."""
     for word in words:
-        typed = word.partition("=")[0]  # perhaps shortened, which `train` allows
-        for flag in (*SET_BY_THE_STUDY, *more):
-            if len(typed) > 2 and flag.startswith(typed):
-                raise UsageError(f"{flag}: cannot be given to `fastcifar {verb}`.", f"fastcifar {verb} --help")
+        flag = word.partition("=")[0]
+        if flag in (*SET_BY_THE_STUDY, *more):
+            raise UsageError(f"{flag}: cannot be given to `fastcifar {verb}`.", f"fastcifar {verb} --help")
 
 
 def read_train(words: list[str], verb: str) -> tuple[Job, Namespace]:

@@ -30,7 +30,7 @@ try:
     from sqlalchemy.engine import URL, make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 except ImportError as error:
-    raise UsageError(f"A sweep needs Optuna ({error}).", "pip install 'fastcifar[sweep]'") from error
+    raise UsageError(f"A sweep needs Optuna ({error}).", "make dev, or: pip install 'fastcifar[sweep]'") from error
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fastcifar.display import Display, print_columns
+from fastcifar.display import Display, format_s, print_columns
 from fastcifar.errors import EXIT_DONE, UsageError
 from fastcifar.job import Job
 from fastcifar.recipes import NAMED, Claim, find_named
@@ -227,7 +227,7 @@ def cells(way: dict | None, *keys: str) -> list[str]:
     pair = " / ".join(percent(way, key) for key in keys)
     return [
         f"{pair} %" + (f" ({lost} of {len(way['seeds'])} diverged)" if lost else ""),
-        f"{way['mean']['wall_s']:.0f} s",
+        format_s(way["mean"]["wall_s"]),
     ]
 
 

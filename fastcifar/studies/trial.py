@@ -14,7 +14,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from fastcifar.errors import EXIT_DEVICE, EXIT_DIVERGED, EXIT_INTERRUPTED, DeviceError, DivergedError, UserError
+from fastcifar.errors import (
+    EXIT_DEVICE,
+    EXIT_DIVERGED,
+    EXIT_INTERRUPTED,
+    DeviceError,
+    DivergedError,
+    UserError,
+    read_error,
+)
 from fastcifar.studies.flags import read_train
 
 MOMENT_S = 10.0  # for a training that was told to stop to write its checkpoint
@@ -52,7 +60,7 @@ def run_trial(words: list[str], folder: Path) -> dict:
     if process.returncode == -signal.SIGKILL:
         batch_size = read_train(words, "train")[0].settings.batch_size
         message = "`fastcifar train` was killed, probably for want of memory."
-        raise DeviceError(message, f"--batch_size {max(1, batch_size // 2)}")
+        raise DeviceError(message, f"--batch_size {max(2, batch_size // 2)}")
     if "fastcifar: " not in said and process.returncode not in (EXIT_INTERRUPTED, -signal.SIGTERM):
         raise RuntimeError(f"exit code {process.returncode} of: {shlex.join(['fastcifar', *command[3:]])}")
     raise named(process.returncode, said)
@@ -81,7 +89,7 @@ def named(code: int, said: str) -> BaseException:
     """The error that a training ended with, from what it said last."""
     if code in (EXIT_INTERRUPTED, -signal.SIGTERM):  # the latter while it still imported
         return KeyboardInterrupt()
-    message, _, hint = said.rpartition("fastcifar: ")[2].strip().partition("\n  try: ")
+    message, hint = read_error(said)
     if code == EXIT_DIVERGED:
         return DivergedError(message, hint)
     if code == EXIT_DEVICE:

@@ -229,7 +229,11 @@ def copy_bandwidth(device: str) -> float:
 
 
 def run(out: Path | None, commit: str | None) -> int:
-    """Measure in bfloat16, print a table, and write one JSON line for each row; returns the exit code."""
+    """Measure in bfloat16, print a table, and write one JSON line for each row; returns the exit code.
+
+    Args:
+        out: in a folder that is there; each operator's rows are in it as soon as they are measured.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     facts = {
@@ -245,10 +249,13 @@ def run(out: Path | None, commit: str | None) -> int:
     heads = "kernel ms", "eager ms", "compiled", "x eager", "x compiled", "GB/s", "of copy"
     print(line.format("operator", "pass", "N, K, C, H, W", *heads))
     gains: dict[tuple[str, str, str], list[float]] = {}
-    text = []
+    if out is not None:
+        out.write_text("")
     try:
         for group in rows(device, GPU_SHAPES if gpu else CPU_SHAPES, torch.bfloat16):
-            text += [json.dumps(row | facts) for row in group]
+            if out is not None:
+                with out.open("a") as file:
+                    file.writelines(json.dumps(row | facts) + "\n" for row in group)
             row, times_s = group[0], {row["candidate"]: row["median_s"] for row in group}
             milliseconds, ratios = [], []
             for name in ("kernel", "eager", "compiled"):
@@ -271,7 +278,4 @@ def run(out: Path | None, commit: str | None) -> int:
         print(f"{op:22} {direction:9} {statistics.geometric_mean(values):.2f} x {name}")
     if not any(name == "compiled" for *_, name in gains):
         print("Compiled PyTorch was not measured: torch.compile found no C++ compiler.")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(text) + "\n")
     return 0

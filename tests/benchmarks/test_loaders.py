@@ -16,7 +16,8 @@ def short(monkeypatch):
 
 
 def test_it_measures_what_is_here_and_leaves_a_record_and_a_chart(small_cifar, tmp_path, capsys):
-    assert main(["bench", "loaders", "--data", str(small_cifar), "--out", str(tmp_path / "result.json")]) == 0
+    words = ["--data", str(small_cifar), "--device", "cpu"]
+    assert main(["bench", "loaders", *words, "--out", str(tmp_path / "result.json")]) == 0
     report = json.loads((tmp_path / "result.json").read_text())
     measured = {(row["loader"], row["workers"]) for row in report["loaders"]}
     assert {name for name, _ in measured} | set(report["not_here"]) == {"resident", "ffcv", "dali", "torch"}

@@ -180,6 +180,13 @@ def test_seeds_are_trained_once_and_summarised(small_cifar, tmp_path):
     assert "| mlp | 2 |" in "\n".join(seeds.table(summary))
 
 
+def test_a_recipe_trains_on_its_own_data_set(tmp_path):
+    asked = plan(tmp_path, where={"dataset": None, "data": None, "device": "cpu"})
+    for recipe, dataset in ("speed", "cifar10"), ("speed100", "cifar100"):
+        flags = asked.flags(recipe, 0)
+        assert flags[flags.index("--dataset") + 1] == dataset
+
+
 def test_a_training_of_other_code_is_not_counted(tmp_path):
     asked = plan(tmp_path)
     folder = asked.run_folder("speed", 1)
@@ -193,7 +200,7 @@ def test_a_training_that_fails_is_named_and_not_counted(tmp_path):
     asked = plan(tmp_path, seeds=1, where={"dataset": "cifar10", "data": tmp_path / "nothing", "device": "cpu"})
     (run,) = seeds.train_all(asked, Display())
     assert run.result == {}
-    assert run.error
+    assert str(tmp_path / "nothing") in run.error, "what is wrong, not what to try next"
     summary = seeds.summarise([run], asked, target=0.9)
     assert summary["recipes"][0]["n"] == 0
     assert summary["recipes"][0]["p"] is None
@@ -205,6 +212,7 @@ def test_a_training_that_fails_is_named_and_not_counted(tmp_path):
 def test_every_visible_gpu_is_a_worker(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     own = [("cuda", {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in "01"]
     assert seeds.list_devices("auto") == seeds.list_devices("cuda") == own

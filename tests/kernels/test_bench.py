@@ -77,9 +77,12 @@ def test_without_a_compiler_the_rest_is_measured(monkeypatch, capsys):
     assert "torch.compile found no C++ compiler" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
+def test_what_is_wrong_is_not_timed_and_takes_nothing_else_with_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(verify, "weighted_sum", lambda *given: -weighted_sum_reference(*given))
-    assert bench.run(None, None) == 1
+    assert bench.run(tmp_path / "rows.jsonl", None) == 1
+    measured = {json.loads(line)["op"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()}
+    assert measured
+    assert "weighted_sum" not in measured
     assert "weighted_sum is wrong, so it is not timed" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """The two ways to augment agree bit for bit, and both do what their names say."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -70,6 +71,7 @@ def test_torch_equals_one_image_at_a_time():
         torch.testing.assert_close(x_CHW, image, rtol=0, atol=1e-6)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("augment", [EVERYTHING, Augment(3, "black", "random", rotate_deg=15.0)], ids=["all", "turn"])
 def test_compiled_equals_eager(augment):
     """CUDA runs the compiled form; Inductor compiles it for the CPU as well."""

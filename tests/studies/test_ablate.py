@@ -165,7 +165,7 @@ def test_stopped_it_goes_on(tmp_path):
         (["mlp", "--without", "dropout", "--seed", "1"], "--seed: cannot be given"),
         (["mlp", "--without", "dropout", "--resume=x"], "--resume: cannot be given"),
         (["mlp", "--without", "dropout", "--patience", "2"], "--patience: cannot be given"),
-        (["mlp", "--without", "dropout", "--targ", "0.9"], "--target: cannot be given"),
+        (["mlp", "--without", "dropout", "--targ", "0.9"], "--targ"),
         (["mlp", "--without", "dropout", "--steps", "0"], "--steps"),
     ],
 )
