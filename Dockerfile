@@ -1,5 +1,6 @@
 # docker build --build-arg COMMIT="$(git describe --always --dirty --abbrev=40)" -t fastcifar .
-# mkdir -p runs && docker run --gpus all --ipc=host -v "$PWD/runs:/home/fastcifar/runs" fastcifar train --budget 5min
+# mkdir -p runs && docker run --gpus all --ipc=host -v "$PWD/runs:/home/fastcifar/runs" \
+#   -v fastcifar-cache:/home/fastcifar/.cache fastcifar train --budget 5min
 
 # The CUDA that PyTorch's wheels on PyPI are built for; they bring its libraries, so the smallest flavour does.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
@@ -17,6 +18,7 @@ RUN apt-get update \
 # container belong to, but Ubuntu's image has given it to a user of its own.
 RUN if id ubuntu; then userdel --remove ubuntu; fi \
     && useradd --create-home --uid 1000 fastcifar \
+    && install --directory --owner=fastcifar --group=fastcifar /home/fastcifar/.cache \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 

@@ -1,27 +1,33 @@
 # Two commands are enough: `make train` and `make test`. Both set up what they need in .venv first.
 
-# The first Python on the path with pip that torch has wheels for; `make train PYTHON=/path/to/python3.12` to choose.
+# The first Python on the path that torch has wheels for, with a pip that knows --python; where that is a virtual
+# environment without pip, such as .venv itself, the one it was made from. `make train PYTHON=/path/to/python3.12` to choose.
+SUITS := import pip, sys; v = tuple(map(int, pip.__version__.split(".")[:2])); \
+	sys.exit(not ((3, 11) <= sys.version_info < (3, 14) and v >= (22, 3)))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
-	$$p -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+	for q in $$p $$($$p -c 'import sys; print(sys._base_executable)' 2>/dev/null); do \
+	$$q -c '$(SUITS)' 2>/dev/null && echo $$q && break 2; done; done)
 BIN := .venv/bin
 
 # OpenMP's threads that wait awake keep the cores from the other process's: asleep, the tests take 24 minutes on two cores
 # of a Zen 4, instead of 39.
 TWO_AT_A_TIME := OMP_WAIT_POLICY=passive
 
-.PHONY: train test check gpu-report setup loaders postgres clean
+.PHONY: train test check gpu-report setup dev loaders postgres clean
 .NOTPARALLEL: # one pip at a time in .venv
 
+# The data are looked for, or downloaded, before the five minutes begin.
 train: setup
+	@$(BIN)/fastcifar data prepare >/dev/null || true
 	$(BIN)/fastcifar train --budget 5min --fallback-dataset shapes10
 
-test: setup
+test: dev
 	@$(MAKE) --no-print-directory --keep-going loaders || echo "make test: going on; the tests of a loader that is not installed are skipped."
 	@$(MAKE) --no-print-directory postgres || echo "make test: going on; the test of a sweep on PostgreSQL is skipped."
 	$(TWO_AT_A_TIME) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile -m "not clock"
 	$(BIN)/python -m pytest -m clock --reruns 2 # a neighbour on the machine can slow a run as much as a fault does
 
-check: setup
+check: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 # All that is worth measuring on a GPU; the same again goes on with what did not fit. GPU_REPORT="--peers DIR" adds flags.
@@ -34,11 +40,19 @@ gpu-report: setup .venv/gpu
 
 setup: .venv/ready
 
+# The extras for parquet files, sweeps and trackers, and what tests need.
+dev: .venv/dev
+
+.venv/dev: .venv/ready
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[dev]'
+	touch $@
+
 # `--without-pip` and an outside pip: works where Debian's python3-venv is missing, and the same everywhere else.
 .venv/ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with pip found. Install one, or leave .venv: deactivate, or: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test "$$(uname)" = Linux || { echo "fastcifar runs on Linux: its kernels need triton, which is for Linux alone."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with pip 22.3 or newer found. Install one, or: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[dev]'
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable .
 	@echo "One step of training, which compiles the loops for this CPU (20 s), so that no budget has to pay for it:"
 	-$(BIN)/fastcifar train --dataset shapes10 --steps 1 --device cpu --out "$$(mktemp -d)/run"
 	touch $@
