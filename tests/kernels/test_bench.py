@@ -77,12 +77,16 @@ def test_without_a_compiler_the_rest_is_measured(monkeypatch, capsys):
     assert "torch.compile found no C++ compiler" in capsys.readouterr().out
 
 
-def test_what_is_wrong_is_not_timed_and_takes_nothing_else_with_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(verify, "weighted_sum", lambda *given: -weighted_sum_reference(*given))
+def test_what_is_wrong_is_not_timed_and_what_was_timed_is_kept(monkeypatch, tmp_path, capsys):
+    def wrong_on_three_images(y_NKCHW, *others):
+        return weighted_sum_reference(y_NKCHW, *others) * (-1 if len(y_NKCHW) == 3 else 1)
+
+    monkeypatch.setattr(bench, "CPU_SHAPES", (SHAPE, (3, *SHAPE[1:])))
+    monkeypatch.setattr(verify, "weighted_sum", wrong_on_three_images)
     assert bench.run(tmp_path / "rows.jsonl", None) == 1
-    measured = {json.loads(line)["op"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()}
-    assert measured
-    assert "weighted_sum" not in measured
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["op"] for row in rows} == {*bench.UNITS}
+    assert {tuple(row["shape_NKCHW"]) for row in rows} == {SHAPE}
     assert "weighted_sum is wrong, so it is not timed" in capsys.readouterr().err
 
 
