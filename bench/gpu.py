@@ -32,11 +32,11 @@ from fastcifar.errors import DeviceError, UsageError, UserError, read_error
 from fastcifar.run import make_folder, source_commit, write_atomically, write_json
 
 BENCH = Path(__file__).parent
-SPEED_RECIPES = ("speed94", "speed95", "speed96", "speed100", "speed", "airbench94")
+SPEED_RECIPES = {"runs": ("speed94", "airbench94"), "more-runs": ("speed96", "speed95", "speed100", "speed")}
 BEST = "best5"
 THROUGHPUT = ("speed-narrow", "speed", "speed-wide", "airbench94", "resnet34")  # dynamic ones have a part of their own
 RUNS = 20
-RESUMED = ("runs",)  # parts that go on with the file of an earlier call
+RESUMED = tuple(SPEED_RECIPES)  # parts that go on with the file of an earlier call
 NOT_MEASURED, MEASURED, STOPPED, FAILED = "not measured", "measured", "stopped", "failed"
 
 
@@ -96,9 +96,12 @@ def throughput_command(asked: Asked) -> list[str]:
     return fastcifar("bench", "train", "--recipe", *names, *asked.where(), "--out", str(asked.file("train.json")))
 
 
-def runs_command(asked: Asked) -> list[str]:
-    where = ["--runs", str(RUNS), *asked.where(dataset=False), "--out", str(asked.file("runs.jsonl"))]
-    return script("gpu_runs.py", "--recipes", *SPEED_RECIPES, *where)
+def runs_command(part: str) -> Callable[[Asked], list[str]]:
+    def command(asked: Asked) -> list[str]:
+        where = ["--runs", str(RUNS), *asked.where(dataset=False), "--out", str(asked.file(f"{part}.jsonl"))]
+        return script("gpu_runs.py", "--recipes", *SPEED_RECIPES[part], *where)
+
+    return command
 
 
 def peers_command(asked: Asked) -> list[str] | str:
@@ -155,7 +158,7 @@ CANDIDATES = ("kernel", "eager", "compiled")
 def show_runs(rows: list[dict]) -> Iterator[str]:
     yield "| recipe | n | accuracy with TTA, mean ± deviation | training, median | with evaluation |"
     yield "|---|---:|---:|---:|---:|"
-    for name in SPEED_RECIPES:
+    for name in dict.fromkeys(row["recipe"] for row in rows):
         runs = [row for row in rows if row["recipe"] == name and "train_s" in row]
         for row in rows:
             if row["recipe"] == name and "not_measured" in row:
@@ -204,31 +207,36 @@ def show_budget(said: str) -> Iterator[str]:
     yield f"- {result['recipe']} on {result['dataset']}: {result['test_acc_tta']:.2%} after {result['wall_s']:.1f} s"
 
 
+# By what they are worth; a second call takes up what was not begun before what was killed.
 PARTS: dict[str, Part] = {
     "environment": Part(
         lambda asked: script("gpu_environment.py", "--out", str(asked.file("environment.json"))),
         "environment.json", 5, 30, 5, show_environment,
     ),
-    "verify": Part(lambda asked: fastcifar("verify-kernels"), "", 30, 110, 600, show_verdicts),
+    "throughput": Part(throughput_command, "train.json", 60, 200, 60, train.table),
+    "runs": Part(runs_command("runs"), "runs.jsonl", 100, 300, None, show_runs),
     "kernels": Part(
         lambda asked: fastcifar("bench", "kernels", "--out", str(asked.file("kernels.jsonl"))),
-        "kernels.jsonl", 40, 100, 400, show_kernels,
+        "kernels.jsonl", 40, 250, 400, show_kernels,
+    ),
+    "verify": Part(
+        lambda asked: script("gpu_verify.py") if asked.device == "cuda" else fastcifar("verify-kernels"),
+        "", 60, 250, 600, show_verdicts,
+    ),
+    "more-runs": Part(runs_command("more-runs"), "more-runs.jsonl", 120, 500, None, show_runs),
+    "dynamic": Part(
+        lambda asked: script("gpu_dynamic.py", *asked.where(), "--out", str(asked.file("dynamic.json"))),
+        "dynamic.json", 70, 180, None, show_dynamic,
     ),
     "loaders": Part(
         lambda asked: fastcifar("bench", "loaders", *asked.where(), "--out", str(asked.file("loaders.json"))),
-        "loaders.json", 40, 80, 120, loaders.table,
-    ),
-    "throughput": Part(throughput_command, "train.json", 60, 120, 60, train.table),
-    "runs": Part(runs_command, "runs.jsonl", 60, 160, None, show_runs),
-    "peers": Part(peers_command, "peers.jsonl", 300, 300, None, show_peers),
-    "dynamic": Part(
-        lambda asked: script("gpu_dynamic.py", *asked.where(), "--out", str(asked.file("dynamic.json"))),
-        "dynamic.json", 50, 90, None, show_dynamic,
+        "loaders.json", 100, 180, 120, loaders.table,
     ),
     "choices": Part(
         lambda asked: script("gpu_choices.py", *asked.where(), "--out", str(asked.file("choices.json"))),
-        "choices.json", 60, 120, None, show_choices,
+        "choices.json", 120, 250, None, show_choices,
     ),
+    "peers": Part(peers_command, "peers.jsonl", 300, 500, None, show_peers),
     "budget": Part(budget_command, "", 310, 330, 310, show_budget),
 }  # fmt: skip
 
@@ -259,9 +267,9 @@ def main() -> int:
     except UserError as error:
         print(f"bench/gpu.py: {error}", file=sys.stderr)
         return error.exit_code
-    for name, part in PARTS.items():
-        wanted = name in chosen.only and name not in chosen.skip
-        before = report["parts"].get(name, left_out("not begun"))
+    parts = {name: report["parts"].get(name, left_out("not begun")) for name in PARTS}
+    for name, before in sorted(parts.items(), key=lambda part: part[1]["status"] in (STOPPED, FAILED)):
+        part, wanted = PARTS[name], name in chosen.only and name not in chosen.skip
         if before["status"] == MEASURED:
             continue
         print(f"{name} ...", flush=True)

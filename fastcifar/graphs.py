@@ -8,6 +8,7 @@ Augmentation is not in it: so any loader may feed it, and it costs a copy of the
 Shapes: B images of a batch, C channels, H rows, W columns.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -84,8 +85,13 @@ def record(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
             work()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
+    gc.collect()
+    gc.disable()  # a graph of another recipe that is collected meanwhile would spoil this one
+    try:
+        with torch.cuda.graph(graph):
+            outputs = work()
+    finally:
+        gc.enable()
     return graph.replay, outputs
 
 

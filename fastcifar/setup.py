@@ -78,7 +78,6 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     device = pick_device(job.device)
     if recipe.dtype == "float16" and device.type == "cpu":
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
-    torch.backends.cudnn.benchmark = True  # image sizes are few and fixed, so cuDNN may try its algorithms once each
     dataset = open_dataset(job, display)
     train_N, held_out_N = hold_out(dataset, HELD_OUT, job.seed) if job.holds_out else (None, None)
     images = len(dataset.train) if train_N is None else len(train_N)
@@ -112,6 +111,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
             each = images // ranks.count
             recipe = ranks.same(fit(job.recipe, recipe, rates, None, each, job.budget_s, left_s).recipe)
     recipe = replace(recipe, batch_size=recipe.batch_size // ranks.count * ranks.count)  # a half of it may be odd
+    # Image sizes are few and fixed from here on, so cuDNN may try its algorithms once for each.
+    torch.backends.cudnn.benchmark = True
 
     dtype = getattr(torch, recipe.dtype)
 
@@ -154,10 +155,15 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     if feed.name != "resident" or device.type == "cuda":  # where it also compiles for this number of images
         look_s += time_loading(test_loader)  # an evaluation waits for its images; a training has them made ahead
     forward: nn.Module = model
-    if recipe.compile != "off" and device.type == "cuda":
-        refuse_eager()
-        forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile], dynamic=False))
-        compile_s += warm_up(forward, model, optimizers, recipe, loader.take(torch.arange(loader.batch_size)))
+    if device.type == "cuda":
+        began_s = time.monotonic()
+        x_BCHW = next(loader.epoch(0))[0]  # augmented: a recipe's augmentation may have to be compiled, too
+        synchronize(device)
+        compile_s += time.monotonic() - began_s
+        if recipe.compile != "off":
+            refuse_eager()
+            forward = cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[recipe.compile], dynamic=False))
+            compile_s += warm_up(forward, model, optimizers, recipe, x_BCHW)
     if ranks.rank:
         torch.manual_seed(job.seed + (ranks.rank << 32))  # its dropout and mixup are its own
     return Setup(
@@ -250,7 +256,9 @@ def time_loading(loader: Loader) -> float:
 def time_a_look(model: nn.Module, loader: Loader) -> float:
     """Seconds that the model takes to classify one image: the second of two batches, which finds memory ready."""
     model.eval()
-    x_BCHW = loader.take(torch.arange(min(500, len(loader.labels_N))))
+    # On a GPU as many as an evaluation's batch, for which cuDNN then knows its algorithms.
+    images = EVALUATION_BATCH if loader.device.type == "cuda" else 500
+    x_BCHW = loader.take(torch.arange(min(images, len(loader.labels_N))))
     for _ in range(2):
         began_s = time.monotonic()
         predict(model, x_BCHW)

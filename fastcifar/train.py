@@ -170,7 +170,8 @@ def fit(setup: Setup, recipe: Recipe, pace: Pace, position: Position, looks: Loo
             if len(pending) < length and progress < 1 and not looks.due(position.step, progress):
                 continue
 
-            rows = [read_row(row, loss, hits, recipe) for row, loss, hits in pending]  # waits for the device
+            started, losses, hits = zip(*pending, strict=True)
+            rows = read_rows(started, losses, hits, recipe)  # waits for the device
             now_s = time.monotonic()
             seconds = (now_s - resumed_s) / len(rows)
             position.train_s += now_s - resumed_s
@@ -239,16 +240,20 @@ def mix(recipe: Recipe, classes: int, x_BCHW: Tensor, y_B: Tensor) -> tuple[Tens
     return x_BCHW.contiguous(memory_format=torch.channels_last), target_BK.float()
 
 
-def read_row(row: dict, loss: Tensor, hits: Tensor, recipe: Recipe) -> dict:
-    """The row with loss and accuracy, per image, fetched from the device. Raises DivergedError."""
-    row["loss"], row["accuracy"] = loss.item() / recipe.batch_size, hits.item() / recipe.batch_size
-    if not math.isfinite(row["loss"]):
-        raise DivergedError(
-            f"Training diverged: the loss is {row['loss']} at step {row['step']}, "
-            f"the learning rate at {row['lr']:.0%} of its peak.",
-            recipe.optim.slower(),
-        )
-    return row
+def read_rows(
+    rows: tuple[dict, ...], losses: tuple[Tensor, ...], hits: tuple[Tensor, ...], recipe: Recipe
+) -> list[dict]:
+    """The rows with loss and accuracy, per image, fetched from the device at once. Raises DivergedError."""
+    both = torch.stack([torch.stack(losses).double(), torch.stack(hits).double()]) / recipe.batch_size
+    for row, loss, accuracy in zip(rows, *both.tolist(), strict=True):
+        row["loss"], row["accuracy"] = loss, accuracy
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"Training diverged: the loss is {loss} at step {row['step']}, "
+                f"the learning rate at {row['lr']:.0%} of its peak.",
+                recipe.optim.slower(),
+            )
+    return list(rows)
 
 
 def divide_budget(budget_s: float, end_s: float, setup: Setup, tta: Tta) -> tuple[float, Tta]:

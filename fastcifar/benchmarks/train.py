@@ -35,10 +35,11 @@ from fastcifar.models.build import build_model
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.process import physical_cores, processor
 from fastcifar.recipes import find_recipe
+from fastcifar.resize import resize
 from fastcifar.run import source_commit, write_json
 from fastcifar.settings import Recipe
 from fastcifar.setup import Setup, set_up
-from fastcifar.train import ready_step
+from fastcifar.train import ready_step, train_step
 
 # From cheap to costly, one of each kind that a GPU may suit differently; the last ones on operators of our own.
 RECIPES = ("speed-narrow", "speed", "speed-wide", "airbench94", "resnet34", "dynamic11", "dynamic4")
@@ -205,12 +206,15 @@ def describe_course(course: Course, peak: float) -> dict:
 
 
 def peak_of_a_step(course: Course) -> int | None:
-    """The most memory that tensors take during a step, images and optimizers' state included. None on a CPU."""
+    """The most memory that tensors take during a step, images and optimizers' state included. None on a CPU.
+
+    Of a step that is done, not replayed: a graph has asked for its memory when it was recorded.
+    """
     course.time_steps(1)  # by which the optimizers have their state
     if course.setup.device.type == "cpu":
         return None
     torch.cuda.reset_peak_memory_stats(course.setup.device)
-    course.time_steps(1)
+    train_step(course.setup, course.setup.recipe, resize(course.x_BCHW, course.image_px), course.y_B)
     return torch.cuda.max_memory_allocated(course.setup.device)
 
 

@@ -21,6 +21,8 @@ from fastcifar.settings import Recipe
 LADDER = ("speed-narrow", "speed", "speed-wide", "speed-pair")
 OPTIMISM = 1.5  # by this factor a recipe may be cheaper than its arithmetic says, beside the one measured before it
 SETUP_S = 2.0  # from the plan to the first step: 1 s on a quiet machine, 3 s on a busy one
+COMPILE_S = 40.0  # that torch.compile takes of it on a GPU: a guess, none was at hand
+COMPILE_FROM_S = 180.0  # a shorter budget is spent without: its steps are CUDA graphs all the same
 SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
 PACE_ERROR = 0.15  # by this share the rates of a second may miss those of a whole training
 
@@ -62,12 +64,19 @@ def choose(
     dtype = fastest_dtype(find_recipe(names[0]), classes, device)
     looked: list[Choice] = []
     for name in names:
-        recipe = replace(find_recipe(name), dtype=dtype)
+        recipe = suit(find_recipe(name), dtype, device, budget_s)
         if looked and not might_win(recipe, curves[name], looked[-1], max(map(surely, looked))):
             break
         rates = measure_rates(recipe, classes, device, budget_s)
-        looked.append(fit(name, recipe, rates, curves.get(name), images, budget_s, budget_s - spent_s()))
+        ahead_s = COMPILE_S if device.type == "cuda" and recipe.compile != "off" else 0.0
+        looked.append(fit(name, recipe, rates, curves.get(name), images, budget_s, budget_s - spent_s() - ahead_s))
     return sorted(looked, key=surely, reverse=True)
+
+
+def suit(recipe: Recipe, dtype: str, device: torch.device, budget_s: float) -> Recipe:
+    """The same in this data type and, on a GPU with little time, without torch.compile."""
+    short = device.type == "cuda" and budget_s < COMPILE_FROM_S
+    return replace(recipe, dtype=dtype, compile="off" if short else recipe.compile)
 
 
 def surely(choice: Choice) -> float:

@@ -61,6 +61,15 @@ from fastcifar_kernels.weighted_sum import weighted_sum_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OF_BLOCKS = ("conv_blocked", "patches_gelu")  # with other loops on other processors, or none
+OPERATORS = (
+    "weighted_sum",
+    "scaled_copies",
+    "batch_statistics",
+    "bn_relu_weighted_sum",
+    "aggregate_weights",
+    "bn_gelu",
+    "crop_flip",
+)
 OF_THE_CPU = ("bn_relu_pool", "conv_matmul", *OF_BLOCKS)  # without a Triton kernel
 SHAKES = 4
 # How far the polynomials in the loops of `bn_gelu` are off at most: Phi, where GELU is u * Phi(u), and GELU's slope.
@@ -148,10 +157,10 @@ class Row:
 def cases(shape: tuple[int, ...], device: str) -> Iterator[Case]:
     """Every operator on this shape [N, K, C, H, W], in several variants."""
     n, k, c, h, w = shape
-    generator = torch.Generator().manual_seed(sum(shape))
+    generator = torch.Generator(device).manual_seed(sum(shape))
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+        return torch.randn(size, generator=generator, dtype=torch.float64, device=device)
 
     y_NHWKC, residual_NCHW, out_grad_NCHW = normal(n, h, w, k, c), normal(n, c, h, w), normal(n, c, h, w)
     coef_NK = (0.5 + normal(n, k)).float()
@@ -510,8 +519,10 @@ def shaken_results(case: Case, exact: dict[str, Tensor], dtype: torch.dtype, see
 
 def shake(exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every value up or down by one float32 rounding."""
-    generator, half_ulp = torch.Generator().manual_seed(seed), torch.finfo(torch.float32).eps / 2
-    signs = {name: torch.randint(0, 2, t.shape, generator=generator).to(t.device) * 2 - 1 for name, t in exact.items()}
+    device, half_ulp = next(iter(exact.values())).device, torch.finfo(torch.float32).eps / 2
+    generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(torch.randint, 0, 2, generator=generator, device=device)
+    signs = {name: draw(t.shape) * 2 - 1 for name, t in exact.items()}
     return {
         name: tensor * (1 + half_ulp * signs[name]) if tensor.is_floating_point() else tensor
         for name, tensor in exact.items()
@@ -599,9 +610,7 @@ def report(title: str, rows: Iterator[Row]) -> bool:
 def main(words: list[str] | None = None) -> int:
     """Verify everything that this machine can run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["weighted_sum", "scaled_copies", "batch_statistics", "bn_relu_weighted_sum", "aggregate_weights"]
-    names += ["bn_gelu", "crop_flip", *OF_THE_CPU]
-    parser.add_argument("--op", nargs="+", choices=names, help="only these operators")
+    parser.add_argument("--op", nargs="+", choices=[*OPERATORS, *OF_THE_CPU], help="only these operators")
     ops = parser.parse_args(words).op
     if knobs.runtime.interpret:
         return not report("Triton kernels in Triton's interpreter, small shapes:", verify("cpu", SMALL, ops))

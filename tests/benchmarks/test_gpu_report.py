@@ -201,8 +201,31 @@ def test_half_of_a_part_is_not_lost_by_a_call_that_leaves_it_out():
     assert gpu.keep(gpu.left_out("not begun"), gpu.left_out("needs a GPU"))["why"] == "needs a GPU"
 
 
+def test_runs_are_summed_up_by_recipe():
+    made = {"recipe": "speed", "seed": 0, "accuracy_tta": 0.94, "train_s": 2.0, "eval_s": 0.5}
+    other = {"recipe": "speed96", "seed": 0, "not_measured": "no such kernel"}
+    said = "\n".join(gpu.show_runs([made, other, made | {"seed": 1, "accuracy_tta": 0.95, "train_s": 3.0}]))
+    assert "| speed | 2 | 94.50% ± 0.71% | 2.500 s | 3.000 s |" in said
+    assert "| speed96, seed 0 | | not measured: no such kernel | | |" in said
+    assert said.count("not measured") == 1
+
+
+def test_what_was_killed_comes_after_what_was_not_begun(asked, monkeypatch):
+    begun = []
+    parts = {name: part("", show=lambda figures: iter([])) for name in ("first", "second", "third")}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "measure", lambda name, *_: begun.append(name) or gpu.left_out("later"))
+    stopped = {"status": "stopped", "why": "", "seconds": 1.0, "figures": None}
+    report = {"commit": gpu.source_commit(), "device": "cpu", "dataset": "shapes10", "parts": {"first": stopped}}
+    asked.file("report.json").write_text(json.dumps(report))
+    words = ["gpu.py", "--device", "cpu", "--dataset", "shapes10", "--out", str(asked.out)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu.main() == 0
+    assert begun == ["second", "third", "first"]
+
+
 def test_the_recipes_of_the_report_exist():
-    assert {*gpu.SPEED_RECIPES, gpu.BEST} <= set(NAMED)
+    assert {name for names in gpu.SPEED_RECIPES.values() for name in names} | {gpu.BEST} <= set(NAMED)
 
 
 def test_runs_are_made_in_turn_and_gone_on_with(small_cifar, tmp_path):

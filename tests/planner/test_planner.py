@@ -222,12 +222,20 @@ def test_a_plan_for_no_time_says_how_much_it_needs():
     assert re.search(r"try: --budget \d+s", done.stderr), done.stderr
 
 
+def test_a_short_budget_on_a_gpu_is_not_spent_on_compiling():
+    speed, gpu = find_recipe("speed"), torch.device("cuda")
+    assert planner.suit(speed, "float32", gpu, 60.0) == replace(speed, dtype="float32", compile="off")
+    assert planner.suit(speed, "bfloat16", gpu, 600.0) == speed
+    assert planner.suit(speed, "bfloat16", torch.device("cpu"), 60.0) == speed
+
+
 def test_plan_says_what_train_would_do():
     words = ["plan", "--budget", "3min", "--device", "cpu", "--json"]
     done = subprocess.run([sys.executable, "-m", "fastcifar", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     best = json.loads(done.stdout.splitlines()[-1])[0]
-    assert best["name"] in done.stdout.splitlines()[0]
+    assert re.match(rf"recipe +{best['name']}, ", done.stdout)
+    assert re.search(r"fastcifar train --budget 3min --device cpu *\n", done.stdout)
     assert best["recipe"]["batch_size"] in (128, 256, 512, 1024)
     assert 0 <= best["expected"]["low"] < best["expected"]["accuracy"] < best["expected"]["high"] <= 1
     assert 0 < best["train_s"] < 180
