@@ -20,7 +20,10 @@ RUN if id ubuntu; then userdel --remove ubuntu; fi \
     && useradd --create-home --uid 1000 fastcifar \
     && install --directory --owner=fastcifar --group=fastcifar /home/fastcifar/.cache \
     && python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
+# What Triton and torch.compile compile is kept where a run's other caches are.
+ENV PATH=/opt/venv/bin:$PATH \
+    TRITON_CACHE_DIR=/home/fastcifar/.cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/home/fastcifar/.cache/torchinductor
 
 # All that is big and slow to install, from the list alone: a change of the code leaves this layer as it is.
 COPY pyproject.toml /opt/fastcifar/

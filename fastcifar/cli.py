@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from fastcifar.budget import parse_duration, refuse_hopeless
 from fastcifar.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERRUPTED, UsageError, UserError
 from fastcifar.job import Job
-from fastcifar.parsers import STUDIES, parse, read_job
+from fastcifar.parsers import STUDIES, absolute, parse, read_job
 from fastcifar.recipes import NAMED, find_recipe
 
 TRAINING_IMAGES = 50_000  # of every data set
@@ -233,6 +233,8 @@ def resumed_job(chosen: Namespace) -> Job:
     elsewhere = [name for name in chosen.given if name in ("data", "loader", "workers", "device")]
     if others := set(chosen.given) - {"resume", "json", *elsewhere}:
         raise UsageError(f"--resume: goes on as the run began, without --{min(others)}.", again)
+    if chosen.data is not None:
+        chosen.data = absolute(chosen.data)
     return replace(job, **{name: chosen[name] for name in elsewhere})
 
 

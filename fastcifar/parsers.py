@@ -1,6 +1,7 @@
 """What may be typed: a parser for each verb, the flags of `train` taken from the fields of the recipe it names."""
 
 import argparse
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -66,15 +67,19 @@ def read_job(chosen: Namespace) -> Job:
     settings = Recipe(**recipe, epochs=found.epochs if chosen.epochs is None else chosen.epochs)  # type: ignore[arg-type]
     names = [field.name for field in fields(Job) if field.name != "settings"]
     job = {name: chosen[name] for name in names} | ({"plan": []} if limits else {})
-    # config.yaml may be read from another folder
     if chosen.data is not None:
-        job["data"] = chosen.data.expanduser().absolute()
+        job["data"] = absolute(chosen.data)
     if isinstance(settings.model, ResNet34Model) and settings.model.weights not in ("", "imagenet"):
-        weights = str(Path(settings.model.weights).expanduser().absolute())
-        settings = replace(settings, model=replace(settings.model, weights=weights))
+        weights = absolute(Path(settings.model.weights))
+        settings = replace(settings, model=replace(settings.model, weights=str(weights)))
     if chosen.recipe == AUTO and not chosen.budget:
         job["recipe"] = DEFAULT_RECIPE
     return Job(settings=settings, **job)  # type: ignore[arg-type]
+
+
+def absolute(path: Path) -> Path:
+    """For config.yaml, which may be read from another folder. A home that nobody has is left as it is."""
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def build_parser(words: list[str]) -> ArgumentParser:

@@ -9,6 +9,7 @@ Shapes: B images of a batch, C channels, H rows, W columns, K classes.
 
 import itertools
 import math
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from fastcifar.budget import REPORT_S, Knot, Pace, Position, overrun_s, refuse_hopeless, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
-from fastcifar.errors import DivergedError
+from fastcifar.errors import DivergedError, UsageError
 from fastcifar.evaluate import evaluate, looks_an_image, plan_tta
 from fastcifar.graphs import Step, StepGraphs, can_record
 from fastcifar.interrupts import Interrupts
@@ -95,7 +96,12 @@ def train(
         track=None if ranks.rank else job.track,
     )
     folder.write_config(lasting.config())
-    position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
+    try:
+        position = restore(setup, pace, checkpoint, looks) if checkpoint else Position()
+    except (RuntimeError, LookupError) as error:
+        again = f"fastcifar train --config {shlex.quote(str(folder.path))}/config.yaml"
+        message = f"{folder.path}: its checkpoint is of another network than this code makes: {error}"
+        raise UsageError(message.splitlines()[0], again) from error
     metrics = Metrics(folder, position.step)
     tracking = Tracking(lasting, folder, metrics.rows, display.say)
 
@@ -294,7 +300,8 @@ def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks) -> P
                 tensor = torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
             state[int(place)][part] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    setup.scaler.load_state_dict(checkpoint.scaler)
+    if checkpoint.scaler:
+        setup.scaler.load_state_dict(checkpoint.scaler)
     if setup.ranks.rank:  # the checkpoint has the random numbers of rank 0
         torch.manual_seed((torch.initial_seed() + (checkpoint.step << 40)) % 2**63)
     else:

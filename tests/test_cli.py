@@ -267,14 +267,16 @@ def test_what_is_resumed_may_find_its_data_elsewhere_and_changes_nothing_else(sm
     done = subprocess.run([sys.executable, "-c", f"{script}main({['train', *words, *where]})"], capture_output=True)
     assert b"--resume" in done.stderr, done.stderr
     (tmp_path / "moved").unlink()
+    (tmp_path / "here").symlink_to(small_cifar)
     resume = ["train", "--resume", str(tmp_path / "run")]
     lost = fastcifar(*resume)
     assert lost.returncode == 3
     changed = fastcifar(*resume, "--epochs", "3")
     assert changed.returncode == 2
     assert "--epochs" in changed.stderr
-    found = fastcifar(*resume, "--data", str(small_cifar), "--json")
+    found = fastcifar(*resume, "--data", "here", "--json", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == str(tmp_path / "here")
     assert json.loads(found.stdout.splitlines()[-1])["steps"] == 40
 
 

@@ -448,6 +448,17 @@ def test_float16s_scale_goes_on_where_it_was(job):
     assert fresh.scaler.state_dict() == setup.scaler.state_dict()
 
 
+def test_a_checkpoint_of_another_network_is_named(job, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "speed")
+    wider = replace(SMALL, model=SpeedNetModel(widths=(16, 32, 64)))
+    setup = set_up(replace(job, settings=wider), Display())
+    pace = Pace(SMALL.stages, [Knot(0, 0.0, 20)])
+    folder.write_checkpoint(capture(setup, pace, Position(step=1), 0.0, NO_LOOKS))
+    with pytest.raises(UsageError, match="of another network") as caught:
+        train(job, folder, Display(), time.monotonic(), resume=True)
+    assert caught.value.hint == f"fastcifar train --config {folder.path}/config.yaml"
+
+
 def test_ranks_draw_their_own_dropout_after_a_resume(job):
     pace = Pace(SMALL.stages, [Knot(0, 0.0, 20)])
     setup = set_up(job, Display())

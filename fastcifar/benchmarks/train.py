@@ -81,8 +81,10 @@ def run(recipes: list[str], seeds: int, target: float | None, where: dict, out: 
         display.say(f"{name}: setting up")
         try:
             report["rows"] += measure(job, display)
-        except DataError:  # which no recipe can do without
-            raise
+        except DataError as error:
+            if len({job.dataset for job in jobs.values()}) == 1:  # which no recipe can do without
+                raise
+            report["failed"][name] = describe(error)
         except Exception as error:  # a kernel or compiler may fail in any way, and the other recipes still be fine
             report["failed"][name] = describe(error)
         if out is not None:

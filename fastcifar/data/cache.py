@@ -68,6 +68,7 @@ def write_cache(file: Path, dataset: Dataset, fingerprint: str) -> None:
                     out.write(array)
                 out.flush()
                 os.fsync(out.fileno())
+            os.chmod(unfinished, 0o644)  # a cache folder may be shared
             os.replace(unfinished, file)
         except BaseException:
             os.unlink(unfinished)

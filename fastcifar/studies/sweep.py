@@ -8,6 +8,7 @@ the test images have no say in it. The same command, started once more here or e
 import itertools
 import json
 import math
+import re
 import shlex
 import statistics
 import time
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastcifar.display import Display, format_s, print_table
-from fastcifar.errors import EXIT_DIVERGED, EXIT_DONE, DeviceError, DivergedError, UsageError, UserError
+from fastcifar.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_USAGE, DeviceError, DivergedError, UsageError, UserError
 from fastcifar.job import Job
+from fastcifar.parsers import RECIPE_FIELDS
 from fastcifar.run import make_folder, source_commit, write_atomically, write_json
 from fastcifar.studies.fields import write_flags
 from fastcifar.studies.flags import Flags, read_train, refuse_flags
@@ -189,8 +191,7 @@ def work(queue: "Queue", words: list[str], out: Path) -> None:
 def train_point(queue: "Queue", task: "Task", words: list[str], out: Path) -> None:
     """Train one point and say how good it is. However this ends, the point is not lost.
 
-    One that diverges, or does not fit into memory, or whose values do not go together (no range tells of that
-    beforehand), is complete as failed.
+    One that fails by its own values is complete as failed.
     """
     try:
         with queue.alive(task):
@@ -198,13 +199,28 @@ def train_point(queue: "Queue", task: "Task", words: list[str], out: Path) -> No
                 read_train(point_words(words, task.parameters), "sweep")
                 result = run_trial(point_words(words, task.parameters), folder(out, task.point))
                 accuracy, facts = result["val_acc"], {"seconds": result["wall_s"]}
-            except (DivergedError, DeviceError, UsageError) as error:
+            except UserError as error:
+                if not fails_by_itself(error):
+                    raise
                 failed = {"failed": error.message, "hint": error.hint, "exit_code": error.exit_code}
                 accuracy, facts = 0.0, failed
     except BaseException:
         queue.give_back(task)
         raise
     queue.complete(task, accuracy, facts)
+
+
+def fails_by_itself(error: UserError) -> bool:
+    """Whether a point's values are at fault, so that no worker would fare better.
+
+    It diverges, or does not fit into memory, or its values do not go together, of which no range tells beforehand. A
+    GPU that is gone, a full disk or lost data are the worker's.
+    """
+    if isinstance(error, DeviceError):
+        return "memory" in error.message
+    named = re.match(r"--(\w+)", error.message)
+    about_the_recipe = error.exit_code == EXIT_USAGE and named is not None and named[1] in RECIPE_FIELDS
+    return isinstance(error, DivergedError | UsageError) or about_the_recipe
 
 
 def point_words(words: list[str], parameters: dict[str, str]) -> list[str]:

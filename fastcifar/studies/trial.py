@@ -43,7 +43,7 @@ def run_trial(words: list[str], folder: Path) -> dict:
     if (folder / "result.json").is_file():
         return json.loads((folder / "result.json").read_text())
     begun = (folder / "checkpoint.safetensors").is_file()
-    flags = ["--resume", str(folder)] if begun else [*words, "--out", str(folder)]
+    flags = ["--resume", str(folder), *here(words)] if begun else [*words, "--out", str(folder)]
     command = [sys.executable, "-m", "fastcifar", "train", *flags]
     # `train` catches a signal, writes its checkpoint and ends; Control-C reaches it by itself, a kill of us does not.
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -64,6 +64,13 @@ def run_trial(words: list[str], folder: Path) -> dict:
     if "fastcifar: " not in said and process.returncode not in (EXIT_INTERRUPTED, -signal.SIGTERM):
         raise RuntimeError(f"exit code {process.returncode} of: {shlex.join(['fastcifar', *command[3:]])}")
     raise named(process.returncode, said)
+
+
+def here(words: list[str]) -> list[str]:
+    """Those of the flags that say what trains, and on which data: whoever began it may have had others."""
+    chosen = read_train(words, "train")[1]
+    flags = {"device": chosen.device, "loader": chosen.loader, "data": chosen.data, "workers": chosen.workers}
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -96,6 +96,15 @@ def test_a_recipe_that_cannot_be_set_up_takes_nothing_else_with_it(small_cifar, 
     assert "| mlp | | not measured: RuntimeError: no such kernel |" in capsys.readouterr().out
 
 
+def test_a_data_set_that_is_not_here_takes_no_other_with_it(small_cifar, tmp_path):
+    words = ["--recipe", "mlp", "speed100", "--device", "cpu", "--data", str(small_cifar)]
+    assert main(["bench", "train", *words, "--out", str(tmp_path / "bench.json")]) == 1
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["dataset"] for row in report["rows"]} == {"cifar10"}
+    assert list(report["failed"]) == ["speed100"]
+    assert main(["bench", "train", "--recipe", "speed100", *words[3:]]) == 3
+
+
 def test_steps_whose_loss_is_no_number_are_not_measured(small_cifar):
     job = Job("speed", find_recipe("speed"), data=small_cifar, device="cpu", steps=1)
     course = benchmark.Course(benchmark.set_up(job, Display()), 20)

@@ -243,7 +243,10 @@ def test_drawn_points_repeat_for_a_seed(tmp_path):
     assert all(16 <= int(point["batch_size"]) <= 4096 for point in drawn)
 
 
-@pytest.mark.parametrize("error", [DivergedError("nan"), DeviceError("Out of memory")])
+TOO_LARGE = UserError("--batch_size: 90000 is more than the 45000 training images.")  # as a training of its own says it
+
+
+@pytest.mark.parametrize("error", [DivergedError("nan"), DeviceError("Out of memory"), TOO_LARGE])
 def test_what_diverges_counts_and_is_not_repeated(error, tmp_path, monkeypatch):
     from fastcifar.studies import sweep
 
@@ -267,11 +270,13 @@ def test_values_that_do_not_go_together_count_as_failed(tmp_path):
     assert "--optim.whiten_bias_until" in queue.finished()[0].user_attrs["failed"]
 
 
-@pytest.mark.parametrize(("second", "code"), [(DeviceError("large", "--batch_size 8"), 5), (DivergedError("nan"), 4)])
+@pytest.mark.parametrize(
+    ("second", "code"), [(DeviceError("Out of memory", "--batch_size 8"), 5), (DivergedError("nan"), 4)]
+)
 def test_if_all_failed_the_exit_code_says_how(second, code, tmp_path, monkeypatch):
     from fastcifar.studies import sweep
 
-    errors = [DeviceError("large", "--batch_size 8"), second]
+    errors = [DeviceError("Out of memory", "--batch_size 8"), second]
 
     def fail(words, folder):
         raise errors.pop(0)
@@ -285,7 +290,11 @@ def test_if_all_failed_the_exit_code_says_how(second, code, tmp_path, monkeypatc
     assert (tmp_path / "sweep.md").read_text().count("| failed |") == 2
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no such data"), RuntimeError("killed")])
+FULL = UserError("--out: cannot write result.json: No space left on device.")
+GONE = DeviceError("--device: no GPU can be used.")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("no such data"), FULL, GONE, RuntimeError("killed")])
 def test_what_is_stopped_is_free_again_at_once(error, tmp_path, monkeypatch):
     from fastcifar.studies import sweep
 

@@ -42,6 +42,22 @@ def test_killed_it_is_probably_for_want_of_memory(tmp_path, monkeypatch):
     assert caught.value.hint == "--batch_size 50"
 
 
+def test_who_takes_over_trains_here(tmp_path, monkeypatch):
+    """Not on the device, nor with the loader, of the worker that began it."""
+    program, folder = tmp_path / "python", tmp_path / "run"
+    program.write_text('#!/bin/sh\necho "$@" >&2\nexit 130\n')
+    program.chmod(0o755)
+    folder.mkdir()
+    (folder / "checkpoint.safetensors").touch()
+    monkeypatch.setattr(sys, "executable", str(program))
+    said = []
+    monkeypatch.setattr(trial.sys.stderr, "write", said.append)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial([*WORDS, "--data", "here"], folder)
+    resumed = f"-m fastcifar train --resume {folder} --device=cpu --loader=resident --data=here"
+    assert "".join(said).strip() == resumed
+
+
 def test_a_bug_says_what_to_type_to_see_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(RuntimeError, match="exit code 1 of: fastcifar train --recipe mlp"):
