@@ -2,10 +2,11 @@
 
     python bench/gpu.py [--out DIR] [--limit 9min] [--only PART ...] [--skip PART ...] [--peers DIR]
 
-The parts run in the order of PARTS, each in a process of its own that is killed when its time is over; one that crashes
-takes nothing else with it. A part that no longer fits is left out. DIR/report.json and DIR/report.md are written anew
-after each part, and the same command again measures what is still missing: with the same DIR, commit and device. What
-was not measured is there by name, with the reason. Beside them lies what each part wrote and said.
+The parts run in the order of PARTS, those that an earlier call began in vain last, each in a process of its own that is
+killed when its time is over; one that crashes takes nothing else with it. A part that no longer fits is left out.
+DIR/report.json and DIR/report.md are written anew after each part, and the same command again measures what is still
+missing: with the same DIR, commit and device. What was not measured is there by name, with the reason. Beside them lies
+what each part wrote and said.
 """
 
 import argparse

@@ -77,7 +77,7 @@ def stage_at(stages: tuple[Stage, ...], progress: float) -> Stage:
 
 
 def guess_cost(image_px: int) -> float:
-    """Relative time of a step on images of this size, before it has been measured.
+    """Relative time of a step on images of this size, where nothing has been measured yet.
 
     Fitted on 2 CPU cores: 0.82, 1.10 and 1.65 s for 2,000 images of 20, 24 and 32 pixels (LOG.md, 2026-11-20).
     """
@@ -92,6 +92,7 @@ class Pace:
         knots: the plan so far: one knot for a run of fixed length, those of an earlier run to replay or resume it.
         deadline_s: when the last step must have ended, on the caller's clock; None for a run of fixed length.
         pauses_s: what else than steps will take until then, in seconds, for a training of so many steps.
+        cost: what a step takes at each image size beside the others, as far as that is known beforehand.
     """
 
     HEADROOM = 0.01  # share of the time left that is not planned for: steps scatter by a few percent
@@ -103,8 +104,10 @@ class Pace:
         knots: list[Knot],
         deadline_s: float | None = None,
         pauses_s: Callable[[int], float] = lambda steps: 0.0,
+        cost: Callable[[int], float] = guess_cost,
     ):
         self.stages, self.knots, self.deadline_s, self.pauses_s = stages, list(knots), deadline_s, pauses_s
+        self.cost = cost
         self.first_s: dict[int, float] = {}  # what the first step at an image size took
         self.recent_s: dict[int, deque[float]] = {}  # and the latest ones after it
 
@@ -135,7 +138,7 @@ class Pace:
         settled = [px for px in self.recent_s if self.recent_s[px]]
         nearest_px = min(settled or self.first_s, key=lambda px: abs(px - image_px))
         seconds = median(self.recent_s[nearest_px]) if settled else self.first_s[nearest_px]
-        return seconds * guess_cost(image_px) / guess_cost(nearest_px)
+        return seconds * self.cost(image_px) / self.cost(nearest_px)
 
     def surcharge_s(self, image_px: int) -> float:
         """What the first step at a size that is still to come will take on top, judged by the last such step."""
@@ -143,7 +146,7 @@ class Pace:
             return 0.0
         last_px = known[-1]
         extra_s = max(0.0, self.first_s[last_px] - self.cost_s(last_px))
-        return extra_s * guess_cost(image_px) / guess_cost(last_px)
+        return extra_s * self.cost(image_px) / self.cost(last_px)
 
     def expect(self, progress: float) -> tuple[float, float]:
         """(seconds of an average step from here to the end, seconds of all surcharges to come)."""

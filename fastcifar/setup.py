@@ -30,7 +30,7 @@ from fastcifar.models.global_norm import share_statistics
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.optim.schedule import build_optimizers, set_learning_rates
 from fastcifar.planner.choose import Choice, choose, fit
-from fastcifar.planner.rates import measure_rates
+from fastcifar.planner.rates import Rates, measure_rates
 from fastcifar.process import physical_cores
 from fastcifar.ranks import ALONE, Ranks
 from fastcifar.resize import resize
@@ -49,6 +49,7 @@ class Setup:
     name: str  # of the recipe: the job's, or what the planner chose
     recipe: Recipe  # with a budget: fitted to it
     choice: Choice | None  # the planner's
+    rates: Rates | None  # with a budget: how fast this machine trains the recipe, as far as that was measured
     dataset: Dataset
     ranks: Ranks
     device: torch.device
@@ -94,15 +95,15 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         )
 
     classes = len(dataset.class_names)
-    choice, compile_s, image_s = None, 0.0, 0.0
+    choice, rates, compile_s, image_s = None, None, 0.0, 0.0
     if job.planned:
         each = images // ranks.count  # to train on: what one process is as fast at as all are at all images
         choice = ranks.same(choose(dataset.name, each, classes, device, job.budget_s or 0.0, spent_s)[0])
         if not dataset.verified:  # the curves were measured on the real images
             choice = replace(choice, expected=None)
         display.say(f"plan: {choice}")
-        recipe, compile_s = choice.recipe, choice.rates.first_s
-        image_s = choice.rates.mean_image_s(recipe)
+        recipe, rates = choice.recipe, choice.rates
+        compile_s, image_s = rates.first_s, rates.mean_image_s(recipe)
     elif job.loader == "auto" or (job.budget_s and recipe.min_steps):
         rates = measure_rates(recipe, classes, device, job.budget_s or 60.0)
         compile_s, image_s = rates.first_s, rates.mean_image_s(recipe)
@@ -170,6 +171,7 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         choice.name if choice else job.recipe,
         recipe,
         choice,
+        rates,
         dataset,
         ranks,
         device,

@@ -14,14 +14,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from fastcifar.budget import REPORT_S, Knot, Pace, Position, overrun_s, refuse_hopeless, stage_at
+from fastcifar.budget import REPORT_S, Knot, Pace, Position, guess_cost, overrun_s, refuse_hopeless, stage_at
 from fastcifar.data.download import import_torchvision
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
@@ -81,7 +81,8 @@ def train(
         if checkpoint is None:  # what was interrupted near its end is finished, however little time is left
             refuse_hopeless(job.budget_s, deadline_s - looks.ahead_s(end=1) - time.monotonic())
         recipe = replace(recipe, tta=tta)
-        pace = Pace(recipe.stages, job.plan, deadline_s, pauses_s=looks.ahead_s)
+        cost = partial(setup.rates.of_step, batch_size=recipe.batch_size) if setup.rates else guess_cost
+        pace = Pace(recipe.stages, job.plan, deadline_s, looks.ahead_s, cost)
     else:
         steps = job.steps or math.ceil(recipe.epochs * len(setup.loader))
         pace = Pace(recipe.stages, job.plan or [Knot(0, 0.0, steps)])

@@ -51,6 +51,10 @@ class Rates:
         images_s = sum(share * self.at(stage.image_px) for stage, share in zip(recipe.stages, shares, strict=True))
         return images_s + self.step_s / recipe.batch_size
 
+    def of_step(self, image_px: int, batch_size: int) -> float:
+        """Seconds of a step."""
+        return self.step_s + batch_size * self.at(image_px)
+
     def at(self, image_px: int) -> float:
         """What an image of any size adds: on the line through the smallest and the largest, by area."""
         low, high = min(self.image_s), max(self.image_s)
