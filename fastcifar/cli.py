@@ -85,7 +85,7 @@ def train(chosen: Namespace, started_s: float) -> int:
 
     display = Display(quiet=follower)
     try:
-        with out_of_memory_named(job.settings.batch_size), joined(job.device) as ranks:
+        with folder.held(), out_of_memory_named(job.settings.batch_size), joined(job.device) as ranks:
             result = train(job, folder, display, started_s, resume=chosen.resume is not None, ranks=ranks)
     except KeyboardInterrupt:
         if (folder.path / "checkpoint.safetensors").exists():

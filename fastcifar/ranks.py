@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcifar.devices import pick_device
+from fastcifar.errors import UserError
 
 T = TypeVar("T")
 
@@ -38,6 +39,24 @@ class Ranks:
         said = [value]
         dist.broadcast_object_list(said, src=0)  # pickled, between processes of this one program
         return said[0]
+
+    @contextmanager
+    def first_here(self) -> Iterator[None]:
+        """One rank of each machine goes before the others, who find on the disk what it has downloaded and written.
+
+        A user's mistake does not keep them waiting: they go on, and meet it themselves.
+        """
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if self.count > 1 and not first:
+            dist.barrier()
+        try:
+            yield
+        except UserError:
+            if self.count > 1 and first:
+                dist.barrier()
+            raise
+        if self.count > 1 and first:
+            dist.barrier()
 
     def any(self, flag: bool) -> bool:
         """Whether it is so at any rank."""

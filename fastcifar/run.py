@@ -15,7 +15,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -133,6 +134,29 @@ class RunFolder:
         if resumed is not None and (resumed / "checkpoint.safetensors").exists():
             shutil.copy(resumed / "checkpoint.safetensors", path)
         return cls(path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else trains in this folder meanwhile. Raises UsageError: somebody does.
+
+        It is the kernel's lock on a file: after a kill -9 it is gone.
+        """
+        from filelock import FileLock, Timeout
+
+        file = self.path / ".lock"
+        lock = FileLock(file, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            hint = "wait until it has ended, or another --out DIR"
+            raise UsageError(f"{self.path}: another process is training in this folder.", hint) from error
+        except OSError as error:
+            raise cannot_write(file, error) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is locked: no other process can have it yet
+            lock.release()
 
     def write_config(self, config: dict) -> None:
         write_atomically(self.path / "config.yaml", dump_yaml(config).encode())

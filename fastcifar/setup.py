@@ -79,7 +79,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     device = pick_device(job.device)
     if recipe.dtype == "float16" and device.type == "cpu":
         raise UsageError("--dtype: float16 is a thousand times slower than bfloat16 on a CPU.", "--dtype bfloat16")
-    dataset = open_dataset(job, display)
+    with ranks.first_here():
+        dataset = open_dataset(job, display)
     train_N, held_out_N = hold_out(dataset, HELD_OUT, job.seed) if job.holds_out else (None, None)
     images = len(dataset.train) if train_N is None else len(train_N)
     if recipe.batch_size > images:
@@ -126,7 +127,8 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
         part = {"batch_size": recipe.batch_size // ranks.count, "part": (ranks.rank, ranks.count)}
         return feed.loader("train", **part, **options)
 
-    feed = open_named("resident" if job.loader == "auto" else job.loader)
+    with ranks.first_here():
+        feed = open_named("resident" if job.loader == "auto" else job.loader)
     display.close()
     loader = train_loader(feed)
     began_s = time.monotonic()

@@ -102,6 +102,32 @@ def test_an_interrupted_training_goes_on_with_two_processes(small_cifar, tmp_pat
     assert [row["step"] for row in rows(out)] == list(range(1, 1501))
 
 
+@pytest.mark.parametrize("mistake", ["none", "made"])
+def test_one_process_goes_before_the_others(mistake, tmp_path):
+    """As when data are downloaded and written: once, and whole before anybody else looks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from fastcifar.errors import UserError\n"
+        "from fastcifar.ranks import joined\n"
+        "file = Path(sys.argv[1])\n"
+        "with joined('cpu') as ranks:\n"
+        "    try:\n"
+        "        with ranks.first_here():\n"
+        "            found = file.read_text() if file.exists() else ''\n"
+        "            time.sleep(0.5)\n"
+        "            file.write_text(found + str(ranks.rank))\n"
+        "            if sys.argv[2] == 'made': raise UserError('mistake')\n"
+        "    except UserError:\n"
+        "        Path(f'{file}-{ranks.rank}').touch()\n"
+    )
+    done = subprocess.run([*TORCHRUN, "2", str(script), str(tmp_path / "log"), mistake], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log").read_text() == "01"
+    assert len(list(tmp_path.glob("log-*"))) == (2 if mistake == "made" else 0)
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(small_cifar, tmp_path):
     words = [*RECIPES["mlp"], "--steps", "2", "--out", str(tmp_path / "run")]
     done = subprocess.run(command(2, small_cifar, *words, "--batch-size", "63"), capture_output=True, text=True)

@@ -1,7 +1,9 @@
 """The run folder: whole files or none."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -48,6 +50,29 @@ def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path):
         assert (found.tensors["model.x"] == found.step).all()
     RunFolder(tmp_path).finish({"done": True})
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"], "no half of a checkpoint may stay"
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    """A child that was forked meanwhile, as DataLoader's workers are, does not keep it when its parent is killed."""
+    child = "if os.fork() == 0:\n        time.sleep(60)\n    "
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom fastcifar.run import RunFolder\n"
+        f"with RunFolder(Path(sys.argv[1])).held():\n    {child}print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another process is training in this folder"), RunFolder(tmp_path).held():
+            pass
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path).held():
+            pass
+        assert not list(tmp_path.iterdir()), "nothing of it stays"
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
 
 
 def with_facts(facts: str) -> bytes:

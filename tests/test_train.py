@@ -199,6 +199,11 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(how, small_cifar,
     while not (metrics.exists() and metrics.read_text().count("\n") > 30):
         assert process.poll() is None, process.stderr
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    beside = fastcifar("train", "--resume", str(tmp_path / "run"))
+    process.send_signal(signal.SIGCONT)
+    assert beside.returncode == 2
+    assert f"{tmp_path / 'run'}: another process is training in this folder" in beside.stderr
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
     if how != signal.SIGKILL:  # which leaves no time to say goodbye: the last regular checkpoint must do

@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import fields
@@ -26,6 +27,9 @@ FORMAT = 1  # raise it whenever `about`, the arrays or their order change
 
 # No room left: on the disk, in the user's quota, under the process's limit on file sizes.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What a file or folder is called, for tempfile, until it is whole and renamed.
+PREFIX, SUFFIX = "fastcifar-", ".part"
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +63,8 @@ def write_cache(file: Path, dataset: Dataset, fingerprint: str) -> None:
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(file.parent)
-        handle, unfinished = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".part")
+        sweep(file.parent)
+        handle, unfinished = tempfile.mkstemp(dir=file.parent, prefix=PREFIX, suffix=SUFFIX)
         try:
             with os.fdopen(handle, "wb") as out:
                 out.write(len(header).to_bytes(8, "little") + header)
@@ -123,12 +127,12 @@ def _layout(counts: dict[str, int]) -> dict:
     return layout
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what processes killed while writing have left, 184 MB each; a day is longer than any of them writes."""
-    for part in folder.glob("*.part"):
+    for part in folder.glob(f"{PREFIX}*{SUFFIX}"):
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime > 24 * 3600:
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def storage_error(error: OSError, folder: Path) -> DataError:

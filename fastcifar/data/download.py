@@ -7,7 +7,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from fastcifar.data.cache import FULL, storage_error
+from fastcifar.data.cache import FULL, PREFIX, SUFFIX, storage_error, sweep
 from fastcifar.errors import DataError, DataMissing
 
 TIMEOUT_S = 10
@@ -26,7 +26,8 @@ def download(url: str, md5: str, folder: Path) -> Path:
     socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none: without a network it can hang for minutes
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as unfinished:
+        sweep(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=PREFIX, suffix=SUFFIX) as unfinished:
             try:
                 utils.download_url(url, unfinished, name, md5)
             except RuntimeError as error:  # what torchvision raises for a wrong MD5

@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fastcifar.data.beton import read_beton, write_beton
-from fastcifar.data.cache import FULL, cache_folder, storage_error
+from fastcifar.data.cache import FULL, PREFIX, SUFFIX, cache_folder, storage_error, sweep
 from fastcifar.data.dataset import SPLITS, Dataset, Progress, Raw, RawSplit, Split
 from fastcifar.data.known import Official
 from fastcifar.data.official import check_labels
@@ -254,9 +253,9 @@ def write_pack(dataset: Dataset, format: str, folder: Path | None = None, progre
         if folder is not None:
             _refuse_foreign(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
+        sweep(target.parent)
         _refuse_if_full(dataset, target.parent)
-        unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=_UNFINISHED, suffix=".part"))
+        unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=PREFIX, suffix=SUFFIX))
         try:
             about = _write_files(dataset, format, unfinished, progress)
             unfinished.chmod(0o755)  # made for nobody but its owner, and a pack is there to be shared
@@ -267,9 +266,6 @@ def write_pack(dataset: Dataset, format: str, folder: Path | None = None, progre
     except OSError as error:
         raise _storage_error(error, dataset, format, target, folder is None) from error
     return Pack(target, format, about)
-
-
-_UNFINISHED = "fastcifar-pack-"
 
 
 def _default_folder(dataset: Dataset, format: str) -> Path:
@@ -295,14 +291,6 @@ def _refuse_foreign(folder: Path) -> None:
         # Another writer may put its pack in the place of the one that is being looked at.
         if (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns):
             raise UsageError(f"--out is {folder}, which holds {others[0]}, no part of a pack. Name a new folder.")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left, 184 MB each; a day is longer than any of them writes."""
-    for part in folder.glob(f"{_UNFINISHED}*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(part)
 
 
 def _bytes_needed(dataset: Dataset) -> int:
@@ -376,7 +364,7 @@ def _put_in_place(made: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        aside = tempfile.mkdtemp(dir=folder.parent, prefix=_UNFINISHED, suffix=".part")
+        aside = tempfile.mkdtemp(dir=folder.parent, prefix=PREFIX, suffix=SUFFIX)
         with contextlib.suppress(FileNotFoundError):  # another writer was quicker
             os.rename(folder, aside)
         shutil.rmtree(aside, ignore_errors=True)

@@ -207,14 +207,13 @@ def _locate_official(official: Official, path: Path) -> Source | None:
     """The official archive or folder that `path` is or holds."""
     if path.is_file() and path.name.endswith(ARCHIVE_ENDINGS):
         return Source("official archive", path, [path], read_archive)
-    if (path / official.folder).is_dir():
-        return _locate_official(official, path / official.folder)
-    if any((path / name).is_file() for name in official.files):
-        files = [path / name for name in official.files if (path / name).is_file()]
-        return Source("official folder", path, files, read_folder)
-    if (path / official.archive).is_file():
-        return Source("official archive", path / official.archive, [path / official.archive], read_archive)
-    return None
+    inside = _locate_official(official, path / official.folder) if (path / official.folder).is_dir() else None
+    files = [path / name for name in official.files if (path / name).is_file()]
+    here = Source("official folder", path, files, read_folder) if files else inside
+    archive = path / official.archive
+    if archive.is_file() and (here is None or len(here.files) < len(official.files)):  # it was not wholly extracted
+        return Source("official archive", archive, [archive], read_archive)
+    return here
 
 
 # Reading

@@ -338,6 +338,20 @@ def test_real_cifar(name):
     assert "is there twice" in _difference(official, images, labels)
 
 
+def test_a_folder_that_was_not_wholly_extracted_does_not_hide_the_archive(fake, tmp_path):
+    archive = fake.write_archive(tmp_path)
+    folder = tmp_path / fake.official.folder
+    folder.mkdir()
+    assert len(load("cifar10", tmp_path).train) == 50
+    whole = archive.parent / "to_pack" / folder.name
+    for name in fake.official.files[:3]:
+        (folder / name).write_bytes((whole / name).read_bytes())
+    assert load("cifar10", tmp_path).origin == f"official archive {archive}"
+    archive.unlink()
+    with pytest.raises(DataError, match=fake.official.files[3]):
+        load("cifar10", tmp_path)
+
+
 # Download
 
 
@@ -368,6 +382,12 @@ def test_download(server, fake, cache):
     assert archive == cache / fake.official.archive
     assert len(load("cifar10").train) == 50
     archive.unlink()
+    killed = cache / "fastcifar-1.part"  # a download of another day
+    killed.mkdir()
+    (killed / archive.name).touch()
+    os.utime(killed, (0, 0))
+    (cache / "mine.part").touch()
+    os.utime(cache / "mine.part", (0, 0))
     for url, wrong_md5, complaint in [
         (f"{address}/{archive.name}", "0" * 32, "MD5 is not"),
         (f"{address}/broken/{archive.name}", md5, "MD5 is not"),
@@ -375,4 +395,5 @@ def test_download(server, fake, cache):
     ]:
         with pytest.raises(DataError, match=complaint):
             download(url, wrong_md5, cache)
-        assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+        assert {path.suffix for path in cache.iterdir()} == {".safetensors", ".part"}
+        assert [path.name for path in cache.glob("*.part")] == ["mine.part"]
