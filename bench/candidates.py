@@ -113,7 +113,8 @@ def compare(runs: list[dict]) -> str:
         cells = name, len(some), f"{mean(accuracies):.2%}{spread}", f"{mean(run['accuracy'] for run in some):.2%}"
         cells += f"{mean(accuracies) - mean(base):+.2%}", p, f"{seconds:.1f} s", f"{seconds / base_s:.2f}"
         table.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(table) + "\n"
+    commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in runs))
+    return "\n".join([*table, "", f"Measured at commit {commits}.", ""])
 
 
 if __name__ == "__main__":

@@ -136,15 +136,15 @@ def print_plan(choices: Sequence["Choice"], command: str) -> None:
     if best.expected:
         rows.append(("accuracy", f"{best.expected}, with the second look"))
     print_table([*rows, ("to do it", command), ("", "")])
-    headings = "measured", "images/s, 20 px", "32 px", "epochs", "accuracy, 95 of 100"
+    first_px, *more_px = sorted(best.rates.image_s)
     print_columns(
-        headings,
+        ("measured", f"images/s, {first_px} px", *(f"{px} px" for px in more_px), "epochs", "accuracy, 95 of 100"),
         [
             (
                 choice.name,
                 *(
-                    f"{1 / (choice.rates.at(image_px) + choice.rates.step_s / choice.recipe.batch_size):,.0f}"
-                    for image_px in (20, 32)
+                    f"{choice.recipe.batch_size / choice.rates.of_step(px, choice.recipe.batch_size):,.0f}"
+                    for px in (first_px, *more_px)
                 ),
                 f"{choice.epochs:.2f}",
                 str(choice.expected or "not measured"),
