@@ -3,6 +3,7 @@
 Whatever needs torch is imported inside the verbs, so that `fastcifar --help` answers in a fifth of a second.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,7 @@ def train(chosen: Namespace, started_s: float) -> int:
         folder = RunFolder.scratch(chosen.resume)
     else:
         folder = RunFolder.create(chosen.out, job.recipe) if chosen.resume is None else RunFolder.open(chosen.resume)
+    gc.disable()  # until everything is imported (`collect_garbage`)
     prepare_process()
     from fastcifar.devices import out_of_memory_named
     from fastcifar.display import Display, print_result
@@ -92,6 +94,8 @@ def train(chosen: Namespace, started_s: float) -> int:
             display.say(f"Stopped. Go on with: fastcifar train --resume {shlex.quote(str(folder.path))}")
         raise
     finally:
+        gc.unfreeze()
+        gc.enable()
         display.close()
         if follower:
             shutil.rmtree(folder.path, ignore_errors=True)

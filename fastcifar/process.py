@@ -4,6 +4,7 @@ Call `tune_allocator` before the first large allocation and `set_threads` once t
 """
 
 import ctypes
+import gc
 import os
 import platform
 import time
@@ -40,6 +41,17 @@ def tune_allocator() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all([libc.mallopt(number, value) == 1 for number, value in MALLOPT_SETTINGS.values()])
+
+
+def collect_garbage() -> None:
+    """From now on; what is there already, imported modules above all, is never looked at again.
+
+    Whoever has turned collection off until then has spared 0.4 s of a start of 4.8: imports make 600,000 objects and
+    hardly any garbage.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def physical_cores() -> int:

@@ -31,6 +31,7 @@ from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.looks import Looks
 from fastcifar.optim.schedule import set_learning_rates
+from fastcifar.process import collect_garbage
 from fastcifar.ranks import ALONE, Ranks
 from fastcifar.report import write_report
 from fastcifar.resize import resize
@@ -65,6 +66,7 @@ def train(
     # The weights that a checkpoint brings replace those that the recipe begins with.
     fresh = replace(job, settings=job.settings.from_scratch()) if checkpoint else job
     setup = set_up(fresh, display, spent_s=lambda: time.monotonic() - started_s, ranks=ranks)
+    collect_garbage()
     recipe = replace(setup.recipe, min_steps=0)
     if not setup.choice:
         recipe = replace(recipe, model=job.settings.model)
