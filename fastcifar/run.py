@@ -144,7 +144,7 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         file = self.path / ".lock"
-        lock = FileLock(file, blocking=False)
+        lock = FileLock(file, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
