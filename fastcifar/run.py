@@ -148,7 +148,7 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            hint = "wait until it has ended, or another --out DIR"
+            hint = "the same once it has ended; a new run: another --out DIR"
             raise UsageError(f"{self.path}: another process is training in this folder.", hint) from error
         except OSError as error:
             raise cannot_write(file, error) from error

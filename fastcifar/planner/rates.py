@@ -71,7 +71,7 @@ def measure_rates(recipe: Recipe, classes: int, device: torch.device, budget_s: 
         x_BCHW = images(count)
         return settled(device, patience_s, lambda: run_step(model, optimizers, resize(x_BCHW, image_px)))
 
-    # Each of them: by area, 24 pixels lie 13 % above the line from 20 to 32 on a Zen 4 (LOG.md, 2026-11-23).
+    # Each of them: on a Zen 4 the line by area from 20 to 32 pixels is 13 % too low for 24 (LOG.md, 2026-11-23).
     sizes = sorted({stage.image_px for stage in recipe.stages})
     few = min(FEW, recipe.batch_size)
     whole = max(recipe.batch_size, 2 * few)
