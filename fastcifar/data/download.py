@@ -31,7 +31,11 @@ def download(url: str, md5: str, folder: Path) -> Path:
             try:
                 utils.download_url(url, unfinished, name, md5)
             except RuntimeError as error:  # what torchvision raises for a wrong MD5
-                raise DataError(f"What came from {url} is not the official file: its MD5 is not {md5}.") from error
+                size = (Path(unfinished) / name).stat().st_size
+                raise DataError(
+                    f"The {size:,} bytes that came from {url} are not the official file: their MD5 is not {md5}. "
+                    "Either the download broke off, and the same command tries again, or it is another file."
+                ) from error
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 if getattr(error, "errno", None) in FULL:
                     raise

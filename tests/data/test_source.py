@@ -381,6 +381,7 @@ def test_download(server, fake, cache):
     archive = download(f"{address}/{fake.official.archive}", md5, cache)
     assert archive == cache / fake.official.archive
     assert len(load("cifar10").train) == 50
+    size = archive.stat().st_size
     archive.unlink()
     killed = cache / "fastcifar-1.part"  # a download of another day
     killed.mkdir()
@@ -389,8 +390,8 @@ def test_download(server, fake, cache):
     (cache / "mine.part").touch()
     os.utime(cache / "mine.part", (0, 0))
     for url, wrong_md5, complaint in [
-        (f"{address}/{archive.name}", "0" * 32, "MD5 is not"),
-        (f"{address}/broken/{archive.name}", md5, "MD5 is not"),
+        (f"{address}/{archive.name}", "0" * 32, f"^The {size:,} bytes .* MD5 is not"),
+        (f"{address}/broken/{archive.name}", md5, "^The 1,000 bytes .* broke off"),
         (f"http://127.0.0.1:1/{archive.name}", md5, "Is there a network"),
     ]:
         with pytest.raises(DataError, match=complaint):
