@@ -192,7 +192,7 @@ DYNAMIC4 = replace(
     FAST,
     epochs=10.0,
     model=replace(DYNAMIC4_MODEL, dropouts=(0.1, 0.1)),
-    optim=MUON,
+    optim=replace(MUON, lr=0.024),
     stages=(Stage(image_px=20, until=0.4), Stage(image_px=24, until=0.7), Stage(image_px=32, until=1.0)),
     tta=Tta(share=0.25),
 )
