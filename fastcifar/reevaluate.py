@@ -33,7 +33,7 @@ def reevaluate(run: Path, job: Job, display: Display) -> dict:
     workers = job.workers or physical_cores()
     feed = open_feed(job.loader, dataset, workers=workers, device=device, dtype=dtype, **where)
     display.close()
-    loader = feed.loader("test", batch_size=EVALUATION_BATCH)
+    loader = feed.loader("test", batch_size=EVALUATION_BATCH, image_px=recipe.final_px)
     found = evaluate(model.to(device), loader, len(dataset.class_names), recipe.tta)
     return {
         "run": str(run),

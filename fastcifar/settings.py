@@ -316,7 +316,7 @@ class Recipe:
             there).
         members: networks trained side by side on the same batches, their answers averaged (`models/ensemble.py`); a
             step costs as many times as much.
-        stages: image sizes through the training, each until some progress; the last one until 1.
+        stages: image sizes through the training, each until some progress; the last one until 1, and at evaluation.
     """
 
     batch_size: int = 2000
@@ -333,6 +333,11 @@ class Recipe:
     optim: Optim = field(default_factory=SpeedOptim)
     stages: tuple[Stage, ...] = (Stage(image_px=32, until=1.0),)
     tta: Tta = field(default_factory=Tta)
+
+    @property
+    def final_px(self) -> int:
+        """The size of image that the training ends with, and the model is judged at."""
+        return self.stages[-1].image_px
 
     def from_scratch(self) -> "Recipe":
         """The same without weights to begin with, for a model that is given its own."""

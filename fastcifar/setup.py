@@ -145,14 +145,14 @@ def set_up(job: Job, display: Display, spent_s: Callable[[], float] = lambda: 0.
     optimizers = build_optimizers(model, recipe.optim, recipe.batch_size)
     if any(net.blocks_pay(x_NCHW[:GROUP]) for net in nets):
         compile_s += warm_up(model, model, optimizers, recipe, x_NCHW[:GROUP])
-    look_s = time_a_look(model, loader)
+    look_s = time_a_look(model, loader, recipe.final_px)
     if job.loader == "auto":
         feed, loader, why = pick_feed(1 / image_s, open_named, train_loader)
         if feed.name != (first := ranks.same(feed.name)):
             feed = open_named(first)
             loader = train_loader(feed)
         display.say(why)
-    evaluation_loader = partial(feed.loader, batch_size=EVALUATION_BATCH)
+    evaluation_loader = partial(feed.loader, batch_size=EVALUATION_BATCH, image_px=recipe.final_px)
     test_loader = evaluation_loader("test")
     held_out_loader = None if held_out_N is None else evaluation_loader("train", places_N=held_out_N)
     if feed.name != "resident" or device.type == "cuda":  # where it also compiles for this number of images
@@ -257,12 +257,12 @@ def time_loading(loader: Loader) -> float:
     return (time.monotonic() - began_s) / len(ids_M)
 
 
-def time_a_look(model: nn.Module, loader: Loader) -> float:
+def time_a_look(model: nn.Module, loader: Loader, image_px: int) -> float:
     """Seconds that the model takes to classify one image: the second of two batches, which finds memory ready."""
     model.eval()
     # On a GPU as many as an evaluation's batch, for which cuDNN then knows its algorithms.
     images = EVALUATION_BATCH if loader.device.type == "cuda" else 500
-    x_BCHW = loader.take(torch.arange(min(images, len(loader.labels_N))))
+    x_BCHW = resize(loader.take(torch.arange(min(images, len(loader.labels_N)))), image_px)
     for _ in range(2):
         began_s = time.monotonic()
         predict(model, x_BCHW)

@@ -26,6 +26,7 @@ from fastcifar.loaders.feed import import_loader
 from fastcifar.looks import Looks
 from fastcifar.models.speednet import SpeedNet
 from fastcifar.ranks import Ranks
+from fastcifar.reevaluate import reevaluate
 from fastcifar.resize import resize
 from fastcifar.run import RunFolder
 from fastcifar.settings import Augment, ClassicOptim, CnnModel, MlpModel, Recipe, SpeedNetModel, SpeedOptim, Stage, Tta
@@ -264,6 +265,25 @@ def test_validation_trains_to_the_end_and_says_what_it_saw(tmp_path):
     page = (tmp_path / "run/report.html").read_text()
     assert page.count(">held out<") == 2, "beside the loss and beside the accuracy"
     assert "training batch, smoothed labels" in page
+
+
+def test_the_model_is_judged_at_the_size_that_its_training_ends_with(job, tmp_path, monkeypatch):
+    seen, forward = set(), SpeedNet.forward
+
+    def watched(self, x_BCHW):
+        if not self.training:
+            seen.add(x_BCHW.size(3))
+        return forward(self, x_BCHW)
+
+    monkeypatch.setattr(SpeedNet, "forward", watched)
+    recipe = replace(SMALL, stages=(Stage(20, 0.5), Stage(40, 1.0)))
+    job = replace(job, settings=recipe, dataset="shapes10", data=None, validate=True)
+    result = run_to_end(job, tmp_path / "run")
+    assert seen == {40}
+    seen.clear()
+    found = reevaluate(tmp_path / "run", job, Display())
+    assert seen == {40}
+    assert (found["test_acc"], found["test_acc_tta"]) == (result["test_acc"], result["test_acc_tta"])
 
 
 def test_target_stops_early(small_cifar, tmp_path):

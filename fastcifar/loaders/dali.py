@@ -11,7 +11,6 @@ Shapes: as in `loader.py`; K batches.
 # pyright: reportIndexIssue=false
 
 import tempfile
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from fastcifar.data.dataset import Split
 from fastcifar.errors import UsageError
 from fastcifar.loaders.augment import MEAN_C, STD_C, Draws
-from fastcifar.loaders.loader import Batch, Loader
+from fastcifar.loaders.loader import Batches, Loader
 
 
 class DaliLoader(Loader):
@@ -44,7 +43,7 @@ class DaliLoader(Loader):
     def index_lines(self) -> list[str]:
         return self.index.read_text().splitlines()
 
-    def read(self, places_M: Tensor, draws: Draws) -> Iterator[Batch]:
+    def read(self, places_M: Tensor, draws: Draws) -> Batches:
         batches = places_M.split(self.batch_size)
         # DALI's batches are all of one size: the last is filled up with the first images, which are dropped again.
         places_KB = places_M[torch.arange(len(batches) * self.batch_size) % len(places_M)].view(len(batches), -1)

@@ -10,7 +10,6 @@ are copied).
 """
 
 import queue
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from fastcifar.data.beton import import_ffcv
 from fastcifar.data.dataset import Split
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.augment import Draws
-from fastcifar.loaders.loader import Batch, Loader
+from fastcifar.loaders.loader import Batches, Loader
 
 import_ffcv()
 
@@ -58,7 +57,7 @@ class FfcvLoader(Loader):
         numba.set_num_threads(threads)
         self.busy = False
 
-    def read(self, places_M: Tensor, draws: Draws) -> Iterator[Batch]:
+    def read(self, places_M: Tensor, draws: Draws) -> Batches:
         if self.busy:
             raise RuntimeError("FFCV has one set of buffers: close an epoch before the next one begins.")
         self.ffcv.batch_size, self.augmentation.draws = self.batch_size, draws

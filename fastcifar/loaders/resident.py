@@ -3,8 +3,6 @@
 CIFAR is 184 MB, so it fits anywhere, and nothing is copied from the host while training.
 """
 
-from collections.abc import Iterator
-
 import numba
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from fastcifar.data.dataset import Split
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.augment import Draws
 from fastcifar.loaders.both_sides import BothSides
-from fastcifar.loaders.loader import Batch, Loader
+from fastcifar.loaders.loader import Batches, Loader
 
 BATCHES_AHEAD = 2  # made at once: 0.53 us an image; one by one 0.56, four 0.55, eight, which no cache holds, 0.61
 
@@ -31,7 +29,7 @@ class ResidentLoader(Loader):
         else:
             self.images_NHWC = torch.from_numpy(np.array(split.images_NHWC)).to(self.device)
 
-    def read(self, places_M: Tensor, draws: Draws) -> Iterator[Batch]:
+    def read(self, places_M: Tensor, draws: Draws) -> Batches:
         places_M, draws = places_M.to(self.device, non_blocking=True), draws.to(self.device)
         y_M = self.split_labels_N[places_M]
         together = self.batch_size * (BATCHES_AHEAD if self.sides else 1)

@@ -1,7 +1,6 @@
 """The loader that people know: a map-style data set, torchvision's transforms one image at a time, a DataLoader."""
 
 import signal
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.utils.data import Dataset as MapDataset
 from fastcifar.data.dataset import Split
 from fastcifar.data.download import import_torchvision
 from fastcifar.loaders.augment import MEAN_C, STD_C, Draws
-from fastcifar.loaders.loader import Batch, Loader
+from fastcifar.loaders.loader import Batches, Loader
 
 import_torchvision()
 
@@ -21,7 +20,7 @@ from torchvision.transforms.v2 import functional as transform  # noqa: E402
 class TorchLoader(Loader):
     """See `Loader`. The workers are processes, as DataLoader's are; started anew for each epoch, which takes 0.1 s."""
 
-    def read(self, places_M: Tensor, draws: Draws) -> Iterator[Batch]:
+    def read(self, places_M: Tensor, draws: Draws) -> Batches:
         batches = DataLoader(
             Drawn(self.split, draws),
             batch_size=self.batch_size,

@@ -35,7 +35,7 @@ class Rates:
     Args:
         step_s: of a step with no images at all: most of it is the optimizer's.
         image_s: that each image adds to a step, by its side in pixels, at all sizes of the recipe.
-        look_s: to classify an image of 32 pixels once.
+        look_s: to classify an image once, of the size that the recipe ends with.
         first_s: what the very first steps took, compiling included.
     """
 
@@ -89,7 +89,7 @@ def measure_rates(recipe: Recipe, classes: int, device: torch.device, budget_s: 
         if image_px == sizes[0]:
             step_s = max(0.0, few_s - few * image_s[image_px])
     model.eval()
-    x_BCHW = images(many)
+    x_BCHW = resize(images(many), recipe.final_px)
     with torch.inference_mode():
         look_s = settled(device, patience_s, lambda: forward(model, x_BCHW)) / many
     return Rates(step_s, image_s, look_s, first_s)

@@ -14,6 +14,7 @@ from fastcifar.data.digest import content_digest
 from fastcifar.errors import UsageError
 from fastcifar.loaders.augment import MEAN_C, STD_C
 from fastcifar.loaders.torchvision import Drawn, outlive_sigterm
+from fastcifar.resize import resize
 from fastcifar.settings import Augment
 
 EVERYTHING = Augment(
@@ -68,6 +69,16 @@ def test_batches_are_what_the_step_wants(make, dtype):
     assert x_BCHW.dtype == dtype
     assert x_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert y_B.dtype == torch.int64
+
+
+@pytest.mark.parametrize("image_px", [20, 48])
+def test_images_of_another_size_are_the_same_images_resized(make, image_px):
+    plain, other = make(augment=EVERYTHING), make(augment=EVERYTHING, image_px=image_px)
+    resized = [(resize(x_BCHW, image_px), y_B) for x_BCHW, y_B in all_of(plain, first_batch=7)]
+    assert resized[0][0].shape == (10, 3, image_px, image_px)
+    assert same(resized, all_of(other, first_batch=7))
+    some = torch.tensor([3, 50])
+    torch.testing.assert_close(other.take(some), resize(plain.take(some), image_px), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("augment", [Augment(), EVERYTHING], ids=["usual", "everything"])
