@@ -9,7 +9,6 @@ from fastcifar.budget import Position
 from fastcifar.devices import peak_memory_bytes
 from fastcifar.evaluate import Evaluation
 from fastcifar.job import Job
-from fastcifar.run import source_commit
 from fastcifar.setup import Setup
 
 
@@ -20,6 +19,7 @@ def describe_result(
     position: Position,
     eval_s: float,
     val_acc: float | None,
+    commit: str | None,
 ) -> dict:
     """Every key of result.json. `wall_s` is 0 until the moment before it is written.
 
@@ -53,7 +53,7 @@ def describe_result(
         "peak_memory_bytes": peak_memory_bytes(setup.device),
         "torch": torch.__version__,
         "triton": installed("triton"),
-        "commit": source_commit(),
+        "commit": commit,
     }
 
 

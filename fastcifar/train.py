@@ -36,7 +36,7 @@ from fastcifar.ranks import ALONE, Ranks
 from fastcifar.report import write_report
 from fastcifar.resize import resize
 from fastcifar.result import describe_result
-from fastcifar.run import Checkpoint, Metrics, RunFolder
+from fastcifar.run import Checkpoint, Metrics, RunFolder, source_commit
 from fastcifar.settings import ClassicOptim, Recipe, Tta
 from fastcifar.setup import Setup, set_up
 from fastcifar.track import Tracking, check_trackers
@@ -58,6 +58,7 @@ def train(
     Raises DataError, DeviceError, DivergedError, UsageError; KeyboardInterrupt after a signal, the checkpoint written.
     """
     imports_s = time.monotonic() - started_s
+    commit = source_commit()  # of the code that was imported: its checkout may move on while it trains
     check_trackers(job)
     interrupts = Interrupts()
     checkpoint = folder.read_checkpoint() if resume else None
@@ -143,7 +144,7 @@ def train(
         eval_s = time.monotonic() - evaluation_began_s
         recipe = replace(recipe, tta=replace(recipe.tta, share=evaluation.tta_share))
         folder.write_model(setup.model.state_dict())
-        result = describe_result(job, setup, evaluation, position, eval_s, val_acc)
+        result = describe_result(job, setup, evaluation, position, eval_s, val_acc, commit)
         write_report(folder, result, recipe, metrics.rows, evaluation, setup.dataset)
         folder.write_config(replace(lasting, settings=recipe, budget=None, plan=pace.knots).config())
         result["wall_s"] = time.monotonic() - started_s

@@ -138,6 +138,17 @@ def test_a_run_leaves_everything_it_should(job, tmp_path):
     )
 
 
+def test_the_commit_of_a_result_is_the_one_it_began_with(job, tmp_path, monkeypatch):
+    class MovesOn(Display):
+        def update(self, row, steps, eta_s):
+            monkeypatch.setenv("FASTCIFAR_COMMIT", "after")
+
+    monkeypatch.setenv("FASTCIFAR_COMMIT", "before")
+    folder = RunFolder.create(tmp_path / "run", job.recipe)
+    assert train(job, folder, MovesOn(), time.monotonic())["commit"] == "before"
+    assert os.environ["FASTCIFAR_COMMIT"] == "after"
+
+
 def test_it_learns_shapes(tmp_path):
     """A few hundred small steps on shapes10 get far beyond what pixels alone tell."""
     recipe = replace(SMALL, batch_size=500, model=SpeedNetModel(widths=(32, 64, 64)))
