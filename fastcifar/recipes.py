@@ -212,7 +212,15 @@ RESNET34_REPORTED = replace(
         name="sgd", lr=0.01, momentum=0.9, nesterov=False, weight_decay=5e-4, schedule="cosine", clip_norm=1.0
     ),
 )
-RESNET34 = replace(FAST, batch_size=500, epochs=30.0, model=ResNet34Model(), optim=MUON)
+RESNET34 = replace(
+    FAST,
+    batch_size=256,
+    epochs=16.0,
+    model=ResNet34Model(),
+    optim=replace(MUON, lr=0.024),
+    stages=(Stage(image_px=32, until=0.5), Stage(image_px=64, until=1.0)),
+    tta=Tta(shift_px=2, share=0.25),
+)
 
 # The same from ImageNet's weights, which are downloaded, or read with --model.weights FILE. Reported: no figure.
 #   fastcifar train --recipe resnet34-pretrained --as-reported
