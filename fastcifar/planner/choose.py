@@ -86,8 +86,8 @@ def surely(choice: Choice) -> float:
 
 def might_win(recipe: Recipe, curve: Curve, last: Choice, best: float) -> bool:
     """Whether this recipe, as fast as one can hope, would be better than the best so far."""
-    epochs = last.epochs * arithmetic(last.recipe) / arithmetic(recipe) * OPTIMISM
-    return expect(curve, epochs, PACE_ERROR).low > best
+    images = last.steps * last.recipe.batch_size * arithmetic(last.recipe) / arithmetic(recipe) * OPTIMISM
+    return expect(curve, images, PACE_ERROR).low > best
 
 
 def arithmetic(recipe: Recipe) -> float:
@@ -108,7 +108,7 @@ def fit(
     recipe = replace(recipe, tta=tta)
     recipe = replace(recipe, batch_size=fit_batch_size(recipe, train_s / rates.mean_image_s(recipe)))
     seen = train_s / rates.mean_image_s(recipe)
-    expected = expect(curve, seen / images, PACE_ERROR) if curve else None
+    expected = expect(curve, seen, PACE_ERROR) if curve else None
     return Choice(name, recipe, rates, train_s, seen / images, round(seen / recipe.batch_size), expected)
 
 

@@ -19,7 +19,7 @@ from fastcifar.evaluate import looks_an_image
 from fastcifar.job import Job
 from fastcifar.planner import choose as planner
 from fastcifar.planner.choose import LADDER, Choice, arithmetic, choose, fit_batch_size
-from fastcifar.planner.curve import Curve, Expectation, expect, load_curves
+from fastcifar.planner.curve import EPOCH_IMAGES, Curve, Expectation, expect, load_curves
 from fastcifar.planner.rates import Rates, measure_rates
 from fastcifar.recipes import find_recipe
 from fastcifar.settings import Recipe, SpeedNetModel, Stage
@@ -41,14 +41,14 @@ CURVES = st.builds(
 def test_more_training_is_expected_to_be_better_and_never_leaves_its_interval(curve, some, more):
     some, more = sorted((some, more))
     assert curve.error(some) >= curve.error(more) >= curve.floor
-    seen = expect(curve, some, pace_error=0.15)
+    seen = expect(curve, some * EPOCH_IMAGES, pace_error=0.15)
     assert seen.low < seen.accuracy < seen.high <= 1
 
 
 def test_the_interval_holds_95_of_100_trainings():
     """Simulated: seeds scatter by the spread, the epochs by the pace, and 10,000 images are drawn."""
     curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, bends=((8.0, 1.0),), images=10**9)
-    seen = expect(curve, 8.0, pace_error=0.15)
+    seen = expect(curve, 8 * EPOCH_IMAGES, pace_error=0.15)
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(4000, 2, generator=generator)
     errors = [curve.error(8.0 * (1 + 0.15 / 1.96 * pace)) * (1 + curve.spread * seed) for pace, seed in normal.tolist()]
@@ -59,7 +59,8 @@ def test_the_interval_holds_95_of_100_trainings():
 
 def test_the_interval_grows_beyond_the_longest_training():
     curve = Curve(start=0.9, floor=0.05, half=0.6, power=1.4, spread=0.03, bends=((8.0, 1.0),), images=10**9)
-    widths = [(seen.high - seen.low) / (1 - seen.accuracy) for seen in (expect(curve, e, 0.15) for e in (8, 16, 32))]
+    seen = [expect(curve, epochs * EPOCH_IMAGES, 0.15) for epochs in (8, 16, 32)]
+    widths = [(each.high - each.low) / (1 - each.accuracy) for each in seen]
     assert widths[0] + 0.15 < widths[1] < widths[2] - 0.15
 
 
@@ -111,6 +112,14 @@ def test_training_and_evaluation_fill_the_budget(monkeypatch):
     evaluation_s = best.rates.look_s * 10_000 * looks_an_image(best.recipe.tta)
     assert best.train_s + evaluation_s == pytest.approx(300 - 2 - planner.SETUP_S - planner.REPORT_S)
     assert best.epochs == pytest.approx(best.train_s / best.rates.mean_image_s(best.recipe) / 50_000)
+
+
+def test_curves_know_epochs_of_45_000_images_and_easier_ones_than_the_test_images(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    best = plan(300)[0]
+    assert best.expected is not None
+    error = load_curves("cifar10")[best.name].error(best.epochs * 50_000 / 45_000)
+    assert 1 - best.expected.accuracy == pytest.approx(error + 0.004)
 
 
 def test_what_cannot_win_is_not_measured(monkeypatch):
