@@ -20,7 +20,7 @@ from fastcifar.settings import Recipe
 # By what they cost. One is measured only if it might be better than the best before it.
 LADDER = ("speed-narrow", "speed", "speed-wide", "speed-pair")
 OPTIMISM = 1.5  # by this factor a recipe may be cheaper than its arithmetic says, beside the one measured before it
-SETUP_S = 2.0  # from the plan to the first step: 1 s on a quiet machine, 3 s on a busy one
+SETUP_S = 1.0  # from the plan to the first step: 0.6 s on a quiet machine
 COMPILE_S = 40.0  # that torch.compile takes of it on a GPU: a guess, none was at hand
 COMPILE_FROM_S = 180.0  # a shorter budget is spent without: its steps are CUDA graphs all the same
 SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
