@@ -32,10 +32,11 @@ from fastcifar_kernels.winograd import EDGE, TILE
 
 E = EDGE * EDGE
 # Of transformed input and gradient, that the gradient of the filters sums over at a time: its sums are loaded and
-# stored once for each. Where many sums leave the cache anyway, little is lost with a band that leaves it, too: in 64 MB
-# instead of 8, 256 filters of as many channels, 9 MB of sums, take 65 ms instead of 77, 2,048 of them 516 instead of
-# 1,306; 64 of 64, 33 instead of 25.
-BAND_BYTES, LONG_BAND_BYTES = 2**23, 2**26
+# stored once for each. Few sums, every thread has for itself, with a band that stays in its part of the cache: where
+# threads shared them, they took twice as long on cores that share no cache (64 filters of 32 channels 87 instead of 39
+# ms). Many, they share, with a band that leaves the cache as these do anyway: in 64 MB instead of 8, 256 filters of as
+# many channels, 9 MB of sums, take 65 ms instead of 77, 2,048 of them 516 instead of 1,306.
+BAND_BYTES, LONG_BAND_BYTES = 2**21, 2**26
 MANY_SUMS_BYTES = 6e6
 # Between matrices of neighbouring numbers of E: at distances of 4096 bytes they would share a place in the cache.
 GAP_BYTES = 64
@@ -72,10 +73,12 @@ def backward(
         to = grad_x_GHWMC.data_ptr(), groups, height, width, channels
         buffers = _buffers(parts_of(groups * _tiles(height, width)), filters, channels, x_GHWMC.dtype)
         _to_input(*how, *of_output, u.data_ptr(), *to, *buffers)
-    sums_EOC = torch.empty((E, filters, channels))
     of_input = x_GHWMC.data_ptr(), groups, height, width, channels
-    buffers = _bands(groups * _tiles(rows, columns), channels, filters, x_GHWMC.dtype)
-    _to_filters(*how, *of_input, *of_output, sums_EOC.data_ptr(), *buffers)
+    together = E * filters * channels * 4 > MANY_SUMS_BYTES
+    buffers = _bands(groups * _tiles(rows, columns), channels, filters, x_GHWMC.dtype, together)
+    sums_PEOC = torch.empty((len(buffers[-1]), E, filters, channels))
+    _to_filters(*how, *of_input, *of_output, together, as_array(sums_PEOC), *buffers)
+    sums_EOC = sums_PEOC[0] if len(sums_PEOC) == 1 else sums_PEOC.sum(dim=0)
     grad_w_OHWC = torch.empty((filters, 3, 3, channels))
     _unpack_sums(vector_of(torch.float32), sums_EOC.data_ptr(), filters, channels, grad_w_OHWC.data_ptr())
     return grad_x_GHWMC, grad_w_OHWC.to(w_OCHW.dtype).permute(0, 3, 1, 2)
@@ -108,14 +111,16 @@ def _buffers(parts: int, channels: int, filters: int, dtype: torch.dtype) -> lis
     return [as_array(tile), as_array(products), places, as_array(zeros), as_array(beyond)]
 
 
-def _bands(tiles: int, channels: int, filters: int, dtype: torch.dtype) -> list:
-    """How many of these tiles `_to_filters` takes at a time, and memory for them."""
-    band = LONG_BAND_BYTES if E * channels * filters * 4 > MANY_SUMS_BYTES else BAND_BYTES
-    count = min(tiles, max(1, band // (E * GROUP * (channels + filters) * dtype.itemsize)))
+def _bands(tiles: int, channels: int, filters: int, dtype: torch.dtype, together: bool) -> list:
+    """Memory for `_to_filters`: one row for all parts `together`, or one for each of them, of a band of tiles."""
+    parts = 1 if together else parts_of(tiles)
+    band_bytes = LONG_BAND_BYTES if together else BAND_BYTES
+    count = min(-(-tiles // parts), max(1, band_bytes // (E * GROUP * (channels + filters) * dtype.itemsize)))
     # Of one tile more, for what no product needs.
-    left, right = (_matrices((count + 1) * GROUP * length, dtype) for length in (filters, channels))
+    left, right = (_matrices((count + 1) * GROUP * length, dtype, parts) for length in (filters, channels))
     zeros = torch.zeros((1, GROUP * max(channels, filters)), dtype=dtype)
-    places, slots = np.empty((count * (channels + filters) // 32, E + 4), np.int64), np.empty((count + 1, 4), np.int64)
+    places = np.empty((parts, count * (channels + filters) // 32, E + 4), np.int64)
+    slots = np.empty((parts, count + 1, 4), np.int64)
     return [as_array(left), as_array(right), as_array(zeros), places, slots]
 
 
@@ -258,34 +263,64 @@ def _to_input(
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_filters(
-    vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool, sums,
-    left_1, right_1, zeros_1, places_U, slots_N4,
+    vector, size, x, groups, height, width, channels, grad, which, rows, columns, filters, pool, together, sums_PEOC,
+    left_P, right_P, zeros_1, places_PU, slots_PN4,
 ):  # fmt: skip  # pragma: no cover
-    """The transformed gradient of the filters, of some tiles at a time: threads transform them, then multiply."""
-    count, left, right, zeros = len(slots_N4) - 1, left_1.ctypes.data, right_1.ctypes.data, zeros_1.ctypes.data
+    """The transformed gradient of the filters, of a band of tiles at a time: they are transformed, then multiplied."""
+    parts, count = len(slots_PN4), slots_PN4.shape[1] - 1
     tiles_j = (columns + TILE - 1) // TILE
     tiles = (rows + TILE - 1) // TILE * tiles_j
-    blocks = (channels + filters) // 32
-    for begin in range(0, groups * tiles, count):
-        end = min(groups * tiles, begin + count)
-        _find_slots(begin, end, tiles, tiles_j, rows, columns, slots_N4)
-        for unit in numba.prange((end - begin) * blocks):
-            tile, block = unit // blocks, unit % blocks
-            g, i, j = (begin + tile) // tiles, (begin + tile) % tiles // tiles_j, (begin + tile) % tiles % tiles_j
-            if block < channels // 32:
-                _pack_input(
-                    vector, size, x + g * height * width * GROUP * channels * size, height, width, channels,
-                    i, j, 32 * block, right, count, slots_N4[tile], places_U[unit], zeros,
+    packs, products = (channels + filters) // 32, E * filters // 32  # of a tile; of a band
+    if together:
+        for begin in range(0, groups * tiles, count):
+            end = min(groups * tiles, begin + count)
+            _find_slots(begin, end, tiles, tiles_j, rows, columns, slots_PN4[0])
+            for unit in numba.prange((end - begin) * packs):
+                _pack(
+                    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool, begin, tiles,
+                    tiles_j, unit, left_P[0], right_P[0], slots_PN4[0], places_PU[0], zeros_1,
                 )  # fmt: skip
-            else:
-                _pack_grad(
-                    vector, size, grad, which, g, rows, columns, filters, pool,
-                    i, j, 32 * block - channels, left, count, slots_N4[tile], places_U[unit], zeros,
-                )  # fmt: skip
-        for unit in numba.prange(E * filters // 32):
-            e, o = unit // (filters // 32), unit % (filters // 32) * 32
-            steps = slots_N4[count, 2 * (e // EDGE == EDGE - 1) + (e % EDGE == EDGE - 1)] * GROUP * size // 4
-            _add_products(vector, size, e, o, channels, filters, count, left, right, steps, sums, begin > 0)
+            for unit in numba.prange(products):
+                _add_products(
+                    vector, size, unit, channels, filters, left_P[0], right_P[0], slots_PN4[0], sums_PEOC[0], begin > 0
+                )
+    else:
+        for part in numba.prange(parts):
+            first, last = part * groups * tiles // parts, (part + 1) * groups * tiles // parts
+            for begin in range(first, last, count):
+                end = min(last, begin + count)
+                _find_slots(begin, end, tiles, tiles_j, rows, columns, slots_PN4[part])
+                for unit in range((end - begin) * packs):
+                    _pack(
+                        vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool, begin,
+                        tiles, tiles_j, unit, left_P[part], right_P[part], slots_PN4[part], places_PU[part], zeros_1,
+                    )  # fmt: skip
+                for unit in range(products):
+                    _add_products(
+                        vector, size, unit, channels, filters, left_P[part], right_P[part], slots_PN4[part],
+                        sums_PEOC[part], begin > first,
+                    )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack(
+    vector, size, x, height, width, channels, grad, which, rows, columns, filters, pool, begin, tiles, tiles_j, unit,
+    left, right, slots_N4, places_U, zeros_1,
+):  # fmt: skip  # pragma: no cover
+    """Of a band that begins with this tile, 32 channels of the transformed input, or 32 filters of the gradient."""
+    count, packs, zeros = len(slots_N4) - 1, (channels + filters) // 32, zeros_1.ctypes.data
+    tile, block = unit // packs, unit % packs
+    g, i, j = (begin + tile) // tiles, (begin + tile) % tiles // tiles_j, (begin + tile) % tiles % tiles_j
+    if block < channels // 32:
+        _pack_input(
+            vector, size, x + g * height * width * GROUP * channels * size, height, width, channels,
+            i, j, 32 * block, right.ctypes.data, count, slots_N4[tile], places_U[unit], zeros,
+        )  # fmt: skip
+    else:
+        _pack_grad(
+            vector, size, grad, which, g, rows, columns, filters, pool,
+            i, j, 32 * block - channels, left.ctypes.data, count, slots_N4[tile], places_U[unit], zeros,
+        )  # fmt: skip
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -349,18 +384,20 @@ def _pack_grad(
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _add_products(
-    vector, size, e, first, channels, filters, count, left, right, steps, sums, more
+    vector, size, unit, channels, filters, left_1, right_1, slots_N4, sums_EOC, more
 ):  # fmt: skip  # pragma: no cover
-    """32 filters of a product of what the two above have packed, added to `sums` if there are `more`."""
-    lanes = len(vector)
+    """32 filters of one of E products of what `_pack` has made, added to the sums if there are `more`."""
+    count, lanes = len(slots_N4) - 1, len(vector)
+    e, first = unit // (filters // 32), unit % (filters // 32) * 32
+    steps = slots_N4[count, 2 * (e // EDGE == EDGE - 1) + (e % EDGE == EDGE - 1)] * GROUP * size // 4
     next_columns = (count + 1) * GROUP * lanes * size
-    left += e * (filters // lanes * next_columns + GAP_BYTES)
-    right += e * (channels // lanes * next_columns + GAP_BYTES)
+    left = left_1.ctypes.data + e * (filters // lanes * next_columns + GAP_BYTES)
+    right = right_1.ctypes.data + e * (channels // lanes * next_columns + GAP_BYTES)
     for c in range(0, channels, 2 * lanes):
         columns = right + c // lanes * next_columns
         for o in range(first, first + 32, lanes // 2):
             rows = left + o // lanes * next_columns + o % lanes * 4
-            to = sums + ((e * filters + o) * channels + c) * 4
+            to = sums_EOC.ctypes.data + ((e * filters + o) * channels + c) * 4
             how = rows, 4, lanes * 4, columns, next_columns, lanes * 4, steps, to, channels * 4
             if more:
                 multiply_more(vector, *how)

@@ -585,7 +585,8 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(statistics, "MERGED_AT_ONCE", 2),
         mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
         mock.patch.object(banded, "BAND_BYTES", 1),  # two rows at a time
-        mock.patch.object(tiled, "BAND_BYTES", 1),  # one tile at a time
+        mock.patch.multiple(tiled, BAND_BYTES=1, LONG_BAND_BYTES=1),  # one tile at a time,
+        mock.patch.object(tiled, "MANY_SUMS_BYTES", 0 if programs == 2 else math.inf),  # by all threads, or by one
     ):
         yield
 

@@ -3,6 +3,7 @@
 # numba changes what its decorator wraps:
 # pyright: reportCallIssue=false, reportArgumentType=false
 
+import math
 import os
 import subprocess
 import sys
@@ -53,12 +54,15 @@ def test_agrees_with_float64(shape, dtype):
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 3, 3, 9, 9))),
     band_bytes=st.sampled_from([1, 2**20, 2**23]),
+    many_bytes=st.sampled_from([0, math.inf]),
 )
-def test_any_shape_however_much_is_done_at_a_time(shape, band_bytes):
+def test_any_shape_however_much_is_done_at_a_time(shape, band_bytes, many_bytes):
     if torch.float32 not in vectors.LANES:
         pytest.skip("no AVX2 here")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_winograd, "BAND_BYTES", band_bytes)  # so few sums are never many
+        patch.setattr(conv_winograd, "BAND_BYTES", band_bytes)
+        patch.setattr(conv_winograd, "LONG_BAND_BYTES", band_bytes)
+        patch.setattr(conv_winograd, "MANY_SUMS_BYTES", many_bytes)
         patch.setattr(amx, "_AVAILABLE", False)
         for case in verify.cases_of_groups(shape, normal):
             if case.op == "conv_blocked" and case.variant in ("", "pool"):
@@ -66,18 +70,21 @@ def test_any_shape_however_much_is_done_at_a_time(shape, band_bytes):
                 assert row.passed, row
 
 
-@pytest.mark.parametrize(("filters", "most"), [(32, conv_winograd.BAND_BYTES), (2048, conv_winograd.LONG_BAND_BYTES)])
-def test_many_sums_are_loaded_for_long_bands(filters, most):
-    """Of 256 channels: all that lies between two times that the sums are loaded, but for a tile that nobody needs."""
-    left, right, *_, slots = conv_winograd._bands(10_000, 256, filters, torch.bfloat16)
-    tiles = len(slots) - 1
-    assert 0.5 * most < (left.nbytes + right.nbytes) * tiles / (tiles + 1) < 1.01 * most
+@pytest.mark.parametrize("together", [False, True])
+def test_a_band_is_as_long_as_it_should_be(together):
+    """All that lies between two times that sums are loaded, but for a tile that nobody needs."""
+    left, right, *_, slots = conv_winograd._bands(10_000, 64, 32, torch.bfloat16, together)
+    count = slots.shape[1] - 1
+    most = conv_winograd.LONG_BAND_BYTES if together else conv_winograd.BAND_BYTES * numba.get_num_threads()
+    assert 0.8 * most < (left.nbytes + right.nbytes) * count / (count + 1) < 1.01 * most
 
 
+@pytest.mark.parametrize("many_bytes", [0, math.inf])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4, 6, 100])
-def test_threads_share_the_tiles(threads, dtype, monkeypatch):
-    """Also those of one group; for the gradient of the filters they do everything together."""
+def test_threads_share_the_tiles(threads, many_bytes, dtype, monkeypatch):
+    """Also those of one group; the gradient of many filters they sum up together, of few each for itself."""
     monkeypatch.setattr(numba, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(conv_winograd, "MANY_SUMS_BYTES", many_bytes)
     x_GHWMC, w_OCHW = normal(4, 4, 5, 32, 64, dtype=dtype), normal(32, 64, 3, 3, seed=1) / 24
     grad = normal(4, 2, 2, 32, 32, seed=2, dtype=dtype)
     found = results(conv_blocked, x_GHWMC, w_OCHW, True, grad)
