@@ -14,7 +14,7 @@ import numpy as np
 
 TEST_IMAGES = 10_000
 EPOCH_IMAGES = 45_000  # of a curve's epoch: 5,000 of the training images were held out
-# By how much more of the test images are wrong than of those held out: the mean of 37 trainings (LOG.md, 2026-11-24).
+# By how much more of the test images are wrong than of those held out: the mean of 96 trainings (LOG.md, 2026-11-30).
 HARDER = {"cifar10": 0.004}
 TWO_SIDED_95 = 1.96
 BEYOND = 0.1  # share of the error by which a curve may be off for each doubling beyond its longest training

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastcifar_kernels import winograd
 from fastcifar_kernels.layout import GROUP
 from fastcifar_kernels.loops import as_array, parts_of
-from fastcifar_kernels.vectors import LANES, multiply, multiply_more, vector_of
+from fastcifar_kernels.vectors import LANES, clear, multiply, multiply_more, vector_of
 from fastcifar_kernels.winograd import EDGE, TILE
 
 E = EDGE * EDGE
@@ -171,6 +171,16 @@ def _share(part, parts, g, groups, tiles):  # pragma: no cover
     return min(max(first, 0), tiles), min(max(last, 0), tiles)
 
 
+@numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
+def _needed(start, size, given):  # pragma: no cover
+    """How many rows of products a tile needs, from this of `size` rows of the output, `given` ones of the input, on.
+
+    All but the last, if its last pixels are outside. One, if of the input only the first row is inside, as it is below
+    a gradient that was pooled from an odd map: the others are made of zeros.
+    """
+    return 1 if start == given else EDGE if start + TILE <= size else EDGE - 1
+
+
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _convolve(
     vector, size, begin, end, x, x_which, height, width, channels, u, filters, out, which, rows, columns,
@@ -202,8 +212,9 @@ def _convolve(
             _find(which, rows // 2, columns // 2, out_bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
         else:
             _find(out, rows, columns, out_pixel, beyond, i, j, TILE, places)
-        e_rows = EDGE if i + TILE <= rows else EDGE - 1
-        e_columns = EDGE if j + TILE <= columns else EDGE - 1
+        e_rows, e_columns = _needed(i, rows, height), _needed(j, columns, width)
+        if e_rows == 1 or e_columns == 1:
+            clear(vector, m, E * m_next)  # the products that are not needed are 0
         for channel in range(0, filters, 2 * lanes):
             for e_row in range(e_rows):
                 for e in range(EDGE * e_row, EDGE * e_row + e_columns):

@@ -188,6 +188,13 @@ def function(write: Callable[..., None]) -> Any:
     return intrinsic(scope["function"])
 
 
+@function
+def clear(code, place, length):
+    """So many bytes become 0, a multiple of a vector's."""
+    with code.repeat(code.builder.udiv(length, ir.Constant(I64, 4 * code.lanes))) as turn:
+        code.write(code.zeros(code.wide), code.at(place, code.times(turn, 4 * code.lanes)))
+
+
 # A block of a product of matrices: lanes / 2 rows of `a`, `a_row` apart, and 2 * lanes columns of `b`. It is a sum over
 # steps of four bytes, `a_step` and `b_step` apart: one number, or two of bfloat16. Of `b`, a step is a vector of
 # columns, and the second half of them lies `b_next` after the first. The block is float32, its rows `c_row` apart. So
