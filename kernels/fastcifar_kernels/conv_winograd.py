@@ -6,8 +6,8 @@ products m = v @ u of matrices, [M, C] of a tile by [C, O]. The gradient of the 
 filters. That of the filters sums over images and tiles: [O, images] by [images, C]. From Lavin and Gray, Fast
 Algorithms for Convolutional Neural Networks, https://arxiv.org/abs/1509.09308.
 
-The last row and column of the 36 count for the last of four pixels alone, and are left out where that is outside: a map
-of 7 x 7 takes 11 x 11 products, not 12 x 12.
+The first and last row and column of the 36 count for the first and last of four pixels alone, and are left out where
+those are not needed: a map of 7 x 7 takes 11 x 11 products, not 12 x 12, one of 5 x 5 10 x 10 (`_span`).
 
 What is between input and output stays in a core's cache: it is done a tile at a time, or some for the gradient of the
 filters. As the images of a group lie side by side at every pixel, transforming them is arithmetic on rows of
@@ -172,13 +172,18 @@ def _share(part, parts, g, groups, tiles):  # pragma: no cover
 
 
 @numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")
-def _needed(start, size, given):  # pragma: no cover
-    """How many rows of products a tile needs, from this of `size` rows of the output, `given` ones of the input, on.
+def _span(start, size, given, pooled):  # pragma: no cover
+    """Where a tile begins, and the rows of products that it needs; `start` is its first of `size` rows of the output.
 
-    All but the last, if its last pixels are outside. One, if of the input only the first row is inside, as it is below
-    a gradient that was pooled from an odd map: the others are made of zeros.
+    The last of six counts for its last pixel alone, the first for its first. So a tile of one or two pixels begins one
+    pixel earlier, where nothing is pooled, and needs neither. If of the input, which has `given` rows, only the first
+    is inside, as below a gradient that was pooled from an odd map, the others are made of zeros.
     """
-    return 1 if start == given else EDGE if start + TILE <= size else EDGE - 1
+    if start == given:
+        return start, 0, 1
+    if start + 2 >= size and not pooled:
+        return start - 1, 1, EDGE - 1
+    return start, 0, EDGE if start + TILE <= size else EDGE - 1
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -199,7 +204,8 @@ def _convolve(
     u_next = steps * lanes * 4  # from one vector of columns to the next
     tiles_j = (columns + TILE - 1) // TILE
     for tile in range(begin, end):
-        i, j = tile // tiles_j * TILE, tile % tiles_j * TILE
+        i, e_i, e_rows = _span(tile // tiles_j * TILE, rows, height, x_which or which)
+        j, e_j, e_columns = _span(tile % tiles_j * TILE, columns, width, x_which or which)
         if x_which:
             _find(x, height // 2, width // 2, pixel, zeros, i // 2 - 1, j // 2 - 1, 4, places)
             _find(x_which, height // 2, width // 2, bits_pixel, zeros, i // 2 - 1, j // 2 - 1, 4, places[16:])
@@ -212,12 +218,14 @@ def _convolve(
             _find(which, rows // 2, columns // 2, out_bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
         else:
             _find(out, rows, columns, out_pixel, beyond, i, j, TILE, places)
-        e_rows, e_columns = _needed(i, rows, height), _needed(j, columns, width)
+            for number in range(TILE):  # what is the tile's before
+                places[number] = beyond if e_i else places[number]
+                places[TILE * number] = beyond if e_j else places[TILE * number]
         if e_rows == 1 or e_columns == 1:
             clear(vector, m, E * m_next)  # the products that are not needed are 0
         for channel in range(0, filters, 2 * lanes):
-            for e_row in range(e_rows):
-                for e in range(EDGE * e_row, EDGE * e_row + e_columns):
+            for e_row in range(e_i, e_rows):
+                for e in range(EDGE * e_row + e_j, EDGE * e_row + e_columns):
                     right = u + (e * filters + channel) // lanes * u_next
                     for image in range(0, GROUP, lanes // 2):
                         left, to = v + e * v_next + image * channels * size, m + e * m_next + image * lanes * 8
