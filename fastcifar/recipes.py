@@ -199,7 +199,8 @@ DYNAMIC4 = replace(
 
 # torchvision's ResNet-34 on CIFAR-100, from scratch. Reported: about 49 % on validation images. Chosen: mixup's beta
 # distribution of 1, shifts by up to 4 onto black. Its first layers, made for 224 pixels, leave 1 x 1 of 32: the fast
-# way ends with 64 pixels and has 69.9 % of the test images, with 32 throughout it had 62.4 (LOG.md).
+# way ends with 64 pixels. It has 69.9 % of the test images; before, with 32 throughout and other batches, rate and
+# epochs, it had 62.4 (LOG.md).
 #   fastcifar train --recipe resnet34 --as-reported
 RESNET34_REPORTED = replace(
     PLAIN,

@@ -33,7 +33,7 @@ from fastcifar_kernels.winograd import EDGE, TILE
 E = EDGE * EDGE
 # Of transformed input and gradient, that the gradient of the filters sums over at a time: its sums are loaded and
 # stored once for each. Few sums, every thread has for itself, with a band that stays in its part of the cache: where
-# threads shared them, they took twice as long on cores that share no cache (64 filters of 32 channels 87 instead of 39
+# threads shared them, they took twice as long on cores that share no cache (64 filters of 32 channels 86 instead of 38
 # ms). Many, they share, with a band that leaves the cache as these do anyway: in 64 MB instead of 8, 256 filters of as
 # many channels, 9 MB of sums, take 65 ms instead of 77, 2,048 of them 516 instead of 1,306.
 BAND_BYTES, LONG_BAND_BYTES = 2**21, 2**26
@@ -218,7 +218,7 @@ def _convolve(
             _find(which, rows // 2, columns // 2, out_bits_pixel, beyond, i // 2, j // 2, 2, places[4:])
         else:
             _find(out, rows, columns, out_pixel, beyond, i, j, TILE, places)
-            for number in range(TILE):  # what is the tile's before
+            for number in range(TILE):  # a row or column that is of the tile before
                 places[number] = beyond if e_i else places[number]
                 places[TILE * number] = beyond if e_j else places[TILE * number]
         if e_rows == 1 or e_columns == 1:
