@@ -39,6 +39,7 @@ EPOCHS = {  # where a budget of up to some minutes puts it on two cores; what is
     "cifar100": {
         "speed-narrow": (0.5, 1, 2, 4, 8),
         "speed": (1, 2, 4, 8, 16),
+        "speed-wide": (2, 4, 8),
     },
 }
 TARGET = Path(__file__).parents[1] / "fastcifar/planner/curves.json"

@@ -21,6 +21,7 @@ from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP
 WHITEN_PX = 2  # side of a whitened patch
 STRONGEST = 4  # patches by variance, that are mixed
 PAIRS = (0, 1), (2, 3), (0, 2), (1, 3)  # of those, weakest first
+HEAD_CLASSES = 10  # that the head's initial size and its learning rate were found for
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -117,6 +118,9 @@ class SpeedNet(nn.Module):
         )
         self.may_block = own_kernels and all(width % BLOCK_CHANNELS == 0 for width in widths)
         self.head = nn.Linear(widths[-1], classes, bias=False)
+        # Ten times as many classes: of each a tenth of the images, so the head is to learn ten times as fast, which is
+        # what the square root does, once to the logits and once to their gradient (LOG.md, 2026-11-30).
+        self.logit_scale = (classes / HEAD_CLASSES) ** 0.5 / widths[-1]
         with torch.no_grad():
             self.head.weight /= self.head.weight.std()
 
@@ -130,7 +134,7 @@ class SpeedNet(nn.Module):
             x_NC = x_GHWMC.amax(dim=(1, 2)).flatten(0, 1)[: len(x_NCHW)]
         else:
             x_NC = self.groups(F.gelu(self.whiten(x_NCHW))).amax(dim=(2, 3))
-        return self.head(x_NC) / x_NC.size(1)
+        return self.head(x_NC) * self.logit_scale
 
     def blocks_pay(self, x_NCHW: Tensor) -> bool:
         """Whether these images go through the operators for blocked ones, on 2 cores twice as fast as torch's (LOG.md).

@@ -67,6 +67,17 @@ def test_one_set_of_weights_serves_every_image_size(image_px):
     assert model(torch.randn(2, 3, image_px, image_px)).shape == (2, 7)
 
 
+def test_ten_times_as_many_classes_learn_ten_times_as_fast(images):
+    """A step of SGD moves a logit by its gradient's square."""
+    squares = []
+    for classes in (10, 100):
+        torch.manual_seed(0)
+        model = SpeedNet(classes, (8, 16, 16)).eval()
+        [gradient] = torch.autograd.grad(model(images)[0, 0], model.head.weight)
+        squares.append(gradient[0].square().sum())
+    torch.testing.assert_close(squares[1], 10 * squares[0])
+
+
 def test_parameter_count():
     """Whitening 32 x 12 + 32, convolutions 9 x (32 x 64 + 64² + 64 x 256 + 256² + 2 x 256²), 6 norms, head 2,560."""
     convolutions = 9 * (32 * 64 + 64**2 + 64 * 256 + 3 * 256**2)
