@@ -9,11 +9,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$q -c '$(SUITS)' 2>/dev/null && echo $$q && break 2; done; done)
 BIN := .venv/bin
 
-# OpenMP's threads that wait awake keep the cores from the other process's: asleep, the tests take 24 minutes on two cores
-# of a Zen 4, instead of 39.
+# OpenMP's threads that wait awake keep the cores from the other process's: asleep, the tests took 24 minutes on two cores
+# of a Zen 4, instead of 39 (14 since).
 TWO_AT_A_TIME := OMP_WAIT_POLICY=passive
 
-.PHONY: train test check gpu-report setup dev loaders postgres clean
+.PHONY: train test faults check gpu-report setup dev loaders postgres clean
 .NOTPARALLEL: # one pip at a time in .venv
 
 # The data are looked for, or downloaded, before the five minutes begin.
@@ -24,8 +24,12 @@ train: setup
 test: dev
 	@$(MAKE) --no-print-directory --keep-going loaders || echo "make test: going on; the tests of a loader that is not installed are skipped."
 	@$(MAKE) --no-print-directory postgres || echo "make test: going on; the test of a sweep on PostgreSQL is skipped."
-	$(TWO_AT_A_TIME) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile -m "not clock"
+	$(TWO_AT_A_TIME) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 2 --dist loadfile -m "not clock and not faults"
 	$(BIN)/python -m pytest -m clock --reruns 2 # a neighbour on the machine can slow a run as much as a fault does
+
+# Would the kernels' verification find a fault? Four minutes of two cores of a Zen 4.
+faults: dev
+	$(BIN)/python -m pytest -m faults
 
 check: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python

@@ -124,11 +124,13 @@ def test_every_kernel_has_two_faults():
                 assert len(faults) >= 2, kernel
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", SOUND)
 def test_an_unchanged_copy_passes(outcomes, name):
     assert outcomes[name] == (0, "")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_found(outcomes, name):
     if name in MISSING:
