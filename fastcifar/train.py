@@ -11,10 +11,9 @@ import itertools
 import math
 import shlex
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from fastcifar.budget import REPORT_S, Knot, Pace, Position, guess_cost, overrun_s, refuse_hopeless, stage_at
-from fastcifar.data.download import import_torchvision
+from fastcifar.checkpoint import capture, restore
 from fastcifar.display import Display
 from fastcifar.errors import DivergedError, UsageError
 from fastcifar.evaluate import evaluate, looks_an_image, plan_tta
@@ -30,13 +29,14 @@ from fastcifar.graphs import Step, StepGraphs, can_record
 from fastcifar.interrupts import Interrupts
 from fastcifar.job import HELD_OUT, Job
 from fastcifar.looks import Looks
+from fastcifar.mix import mix
 from fastcifar.optim.schedule import set_learning_rates
 from fastcifar.process import collect_garbage
 from fastcifar.ranks import ALONE, Ranks
 from fastcifar.report import write_report
 from fastcifar.resize import resize
 from fastcifar.result import describe_result
-from fastcifar.run import Checkpoint, Metrics, RunFolder, source_commit
+from fastcifar.run import Metrics, RunFolder, source_commit
 from fastcifar.settings import ClassicOptim, Recipe, Tta
 from fastcifar.setup import Setup, set_up
 from fastcifar.track import Tracking, check_trackers
@@ -236,20 +236,6 @@ def train_step(setup: Setup, recipe: Recipe, x_BCHW: Tensor, y_B: Tensor) -> tup
     return setup.ranks.add(loss.detach()) / recipe.members, setup.ranks.add(hits) / recipe.members
 
 
-@cache
-def mixer(name: str, alpha: float, classes: int):
-    import_torchvision()
-    from torchvision.transforms import v2
-
-    return {"mixup": v2.MixUp, "cutmix": v2.CutMix}[name](alpha=alpha, num_classes=classes)
-
-
-def mix(recipe: Recipe, classes: int, x_BCHW: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-    """torchvision's mixup or cutmix of a batch: images, and the share of each class in them [B, K]."""
-    x_BCHW, target_BK = mixer(recipe.mix, recipe.mix_alpha, classes)(x_BCHW, y_B)
-    return x_BCHW.contiguous(memory_format=torch.channels_last), target_BK.float()
-
-
 def read_rows(
     rows: tuple[dict, ...], losses: tuple[Tensor, ...], hits: tuple[Tensor, ...], recipe: Recipe
 ) -> list[dict]:
@@ -271,49 +257,3 @@ def divide_budget(budget_s: float, end_s: float, setup: Setup, tta: Tta) -> tupl
     images = len(setup.test_loader.labels_N)
     tta = plan_tta(tta, setup.look_s, images, budget_s)
     return end_s - setup.look_s * images * looks_an_image(tta), tta
-
-
-def capture(setup: Setup, pace: Pace, position: Position, spent_s: float, looks: Looks) -> Checkpoint:
-    """The training as it stands, for `RunFolder.write_checkpoint`."""
-    tensors = {f"model.{name}": value for name, value in setup.model.state_dict().items()}
-    tensors["random.cpu"] = torch.get_rng_state()  # what dropout draws from
-    if setup.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(setup.device)
-    for number, optimizer in enumerate(setup.optimizers):
-        for weight, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{weight}.{name}": value for name, value in state.items()}
-    tensors |= {f"best.{name}": value for name, value in looks.best_state.items()}
-    facts = looks.facts(), setup.scaler.state_dict()
-    return Checkpoint(tensors, position.step, spent_s, position.train_s, pace.knots, *facts)
-
-
-def restore(setup: Setup, pace: Pace, checkpoint: Checkpoint, looks: Looks) -> Position:
-    """Bring model, optimizers, random numbers, pace and looks to where `capture` saw them."""
-
-    def named(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items() if name.startswith(prefix)}
-
-    setup.model.load_state_dict(named("model."))
-    for number, optimizer in enumerate(setup.optimizers):
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        state = defaultdict(dict)
-        for name, tensor in named(f"optimizer.{number}.").items():
-            place, part = name.split(".")
-            weight = weights[int(place)]
-            if tensor.shape == weight.shape:  # torch's fused optimizers read both as they lie in memory
-                tensor = torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)
-            state[int(place)][part] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if checkpoint.scaler:
-        setup.scaler.load_state_dict(checkpoint.scaler)
-    if setup.ranks.rank:  # the checkpoint has the random numbers of rank 0
-        torch.manual_seed((torch.initial_seed() + (checkpoint.step << 40)) % 2**63)
-    else:
-        torch.set_rng_state(checkpoint.tensors["random.cpu"])
-        if "random.cuda" in checkpoint.tensors and setup.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], setup.device)
-    pace.knots = list(checkpoint.knots)
-    looks.best_state = named("best.")
-    for name, fact in checkpoint.looks.items():
-        setattr(looks, name, fact)
-    return Position(checkpoint.step, checkpoint.train_s)

@@ -327,7 +327,7 @@ def test_out_of_memory_ends_with_5(small_cifar, tmp_path):
         "from fastcifar.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["train", "--data", str(small_cifar), "--device", "cpu", "--batch-size", "2000", "--dtype", "float32"]
-    words += ["--model.widths", "[512,512,512]", "--out", str(tmp_path / "run")]
+    words += ["--model.widths", "[4096,32,32]", "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert done.returncode == 5, done.stderr
     assert "Out of memory with batches of 2000 images" in done.stderr
