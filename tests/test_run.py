@@ -54,16 +54,21 @@ def test_kill_9_while_writing_leaves_a_whole_checkpoint(tmp_path):
 
 def test_a_folder_is_held_by_one_process(tmp_path):
     """A child that was forked meanwhile, as DataLoader's workers are, does not keep it when its parent is killed."""
-    child = "if os.fork() == 0:\n        time.sleep(60)\n    "
-    script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom fastcifar.run import RunFolder\n"
-        f"with RunFolder(Path(sys.argv[1])).held():\n    {child}print('held', flush=True)\n    time.sleep(60)\n"
-    )
+    # It lets go of the lock before `fork` returns in it, which may be after the parent has gone on. `os.write` keeps
+    # both lines whole: under PYTHONUNBUFFERED `print` writes a text and its end apart.
+    script = """
+import os, sys, time
+from pathlib import Path
+from fastcifar.run import RunFolder
+with RunFolder(Path(sys.argv[1])).held():
+    os.write(1, b"forked\\n" if os.fork() == 0 else b"held\\n")
+    time.sleep(60)
+"""
     command = [sys.executable, "-c", script, str(tmp_path)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+        assert {holder.stdout.readline() for _ in range(2)} == {"forked\n", "held\n"}
         with pytest.raises(UsageError, match="another process is training in this folder"), RunFolder(tmp_path).held():
             pass
         holder.kill()
