@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from fastcifar.errors import DeviceError
 
@@ -34,6 +35,11 @@ def pick_device(name: str) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # a graph records what the current one is given
     return device
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device. A GPU is not waited for, as it would be if the memory were not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastcifar.data.beton import import_ffcv
 from fastcifar.data.dataset import Split
+from fastcifar.devices import send
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.augment import Draws
 from fastcifar.loaders.loader import Batches, Loader
@@ -66,7 +67,7 @@ class FfcvLoader(Loader):
         try:
             for places_B, (x, y_B1) in zip(places_M.split(self.batch_size), running, strict=True):
                 x_BCHW = self.augment_there(x, places_B, draws) if self.ships_bytes else x
-                yield x_BCHW, y_B1[:, 0].clone().to(self.device, non_blocking=True)
+                yield x_BCHW, send(y_B1[:, 0].clone(), self.device)
         finally:
             running.stop()
             self.busy = False
@@ -76,11 +77,9 @@ class FfcvLoader(Loader):
 
         FFCV's own copy (ToDevice) waits its turn on the GPU while FFCV may write the next bytes over these.
         """
-        x_BHWC = x_BHWC.clone()
-        if self.device.type == "cuda":
-            x_BHWC = x_BHWC.pin_memory().to(self.device, non_blocking=True)
+        x_BHWC = send(x_BHWC.clone(), self.device)
         all_B = torch.arange(len(x_BHWC), device=self.device)
-        return aug.apply(x_BHWC, all_B, draws, places_B.to(self.device, non_blocking=True), self.dtype)
+        return aug.apply(x_BHWC, all_B, draws, send(places_B, self.device), self.dtype)
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcifar.data.dataset import Split
+from fastcifar.devices import send
 from fastcifar.loaders import augment as aug
 from fastcifar.loaders.augment import Draws
 from fastcifar.loaders.both_sides import BothSides
@@ -30,7 +31,7 @@ class ResidentLoader(Loader):
             self.images_NHWC = torch.from_numpy(np.array(split.images_NHWC)).to(self.device)
 
     def read(self, places_M: Tensor, draws: Draws) -> Batches:
-        places_M, draws = places_M.to(self.device, non_blocking=True), draws.to(self.device)
+        places_M, draws = send(places_M, self.device), draws.to(self.device)
         y_M = self.split_labels_N[places_M]
         together = self.batch_size * (BATCHES_AHEAD if self.sides else 1)
         for places_A, y_A in zip(places_M.split(together), y_M.split(together), strict=True):

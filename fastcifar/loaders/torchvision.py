@@ -31,8 +31,9 @@ class TorchLoader(Loader):
             generator=torch.Generator(),  # its workers draw nothing, and the global one is dropout's
         )
         for x_BCHW, y_B in batches:
-            x_BCHW = x_BCHW.to(self.device, self.dtype, non_blocking=True, memory_format=torch.channels_last)
-            yield x_BCHW, y_B.to(self.device, non_blocking=True)
+            x_BCHW, y_B = (part.to(self.device, non_blocking=True) for part in (x_BCHW, y_B))
+            # Only then: another type or layout on the way is made on the CPU, in memory that is not pinned.
+            yield x_BCHW.to(self.dtype, memory_format=torch.channels_last), y_B
 
 
 def outlive_sigterm(worker: int) -> None:
