@@ -96,13 +96,14 @@ release = _instructions("", "tilerelease")
 clear_block = _instructions("", "tilezero %tmm0\ntilezero %tmm1\ntilezero %tmm2\ntilezero %tmm3")
 
 # block += left @ right, over `steps` times 32 values. Left: rows of `stride` bytes; `lower` are its rows from 16 on.
-# Right: two tiles after each other for every step.
+# Right: a tile for every step; those of its columns from 16 on lie from `further` on.
 multiply_rows = _instructions(
-    "left lower stride right steps",
+    "left lower stride right further steps",
     """
     movq {left}, %rax
     movq {lower}, %rcx
     movq {right}, %rdx
+    movq {further}, %r8
     movq {steps}, %rsi
     movl $$64, %edi
     1:
@@ -111,16 +112,17 @@ multiply_rows = _instructions(
     tdpbf16ps %tmm6, %tmm4, %tmm0
     tileloadd (%rcx,{stride},1), %tmm5
     tdpbf16ps %tmm6, %tmm5, %tmm2
-    tileloadd 1024(%rdx,%rdi,1), %tmm7
+    tileloadd (%r8,%rdi,1), %tmm7
     tdpbf16ps %tmm7, %tmm4, %tmm1
     tdpbf16ps %tmm7, %tmm5, %tmm3
     addq $$64, %rax
     addq $$64, %rcx
-    addq $$2048, %rdx
+    addq $$1024, %rdx
+    addq $$1024, %r8
     decq %rsi
     jnz 1b
     """,
-    "rax rcx rdx rsi rdi",
+    "rax rcx rdx rsi rdi r8",
 )
 
 # The same where the left matrix lies in two tiles after each other for every step, too.

@@ -43,41 +43,46 @@ def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor
     return out_GHWMO, which
 
 
-def backward(
-    x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, to_input: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x, which is empty unless asked for, and w."""
+def to_input(w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, height: int, width: int) -> Tensor:
+    """The gradient of x, which has so many rows and columns."""
+    groups, rows, columns, _, filters = grad_GHWMO.shape
+    rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
+    channels, parts = w_OCHW.size(1), parts_of(groups)
+    grad_x_GHWMC = torch.empty((groups, height, width, GROUP, channels), dtype=torch.bfloat16)
+    turned = _right_tiles(w_OCHW, turned=True)
+    blocks = torch.empty((parts, BLOCK // 4))
+    unpooled = torch.empty((parts, rows, columns, GROUP, filters) if pool else (0,), dtype=torch.bfloat16)
+    given = grad_GHWMO.data_ptr(), which.data_ptr(), groups, rows, columns, filters, turned.data_ptr()
+    to = grad_x_GHWMC.data_ptr(), height, width, channels, pool, blocks.data_ptr(), unpooled.data_ptr()
+    _to_input(*given, *to, parts, amx.WHOLE_TILES)
+    return grad_x_GHWMC
+
+
+def to_filters(x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool) -> Tensor:
+    """The gradient of w."""
     groups, height, width, _, channels = x_GHWMC.shape
     _, rows, columns, _, filters = grad_GHWMO.shape
     rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
     parts = parts_of(groups)
-    given = grad_GHWMO.data_ptr(), which.data_ptr()
-    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=torch.bfloat16)
-    if to_input:
-        turned = _right_tiles(w_OCHW, turned=True)
-        blocks = torch.empty((parts, BLOCK // 4))
-        unpooled = torch.empty((parts, rows, columns, GROUP, filters) if pool else (0,), dtype=torch.bfloat16)
-        to = grad_x_GHWMC.data_ptr(), height, width, channels, pool, blocks.data_ptr(), unpooled.data_ptr()
-        _to_input(*given, groups, rows, columns, filters, turned.data_ptr(), *to, parts, amx.WHOLE_TILES)
     row_bytes = width * TILES * (channels // 32 + 1)
     band = max(2, min(rows, BAND_BYTES // row_bytes // 2 * 2))
     sums = torch.empty((parts, filters // 32, channels // 32, 9, 32, 32))
     scattered = torch.empty((parts, 4 * TILES // 4))
     left = torch.empty((parts, band * columns * TILES // 4))
     right = torch.empty((parts, channels // 32 * (band + 2) * width * TILES // 4))
-    buffers = scattered.data_ptr(), left.data_ptr(), right.data_ptr()
-    shape = groups, height, width, channels
+    given = x_GHWMC.data_ptr(), groups, height, width, channels, grad_GHWMO.data_ptr(), which.data_ptr()
     to = rows, columns, filters, pool, band, sums.data_ptr()
-    _to_filters(x_GHWMC.data_ptr(), *shape, *given, *to, *buffers, parts, amx.WHOLE_TILES)
+    buffers = scattered.data_ptr(), left.data_ptr(), right.data_ptr()
+    _to_filters(*given, *to, *buffers, parts, amx.WHOLE_TILES)
     grad_w_OHWC = torch.empty((filters, 3, 3, channels), dtype=w_OCHW.dtype)
     _unpack_sums(as_array(sums), as_array(grad_w_OHWC))
-    return grad_x_GHWMC, grad_w_OHWC.permute(0, 3, 1, 2)
+    return grad_w_OHWC.permute(0, 3, 1, 2)
 
 
 def _right_tiles(w_OCHW: Tensor, turned: bool = False) -> Tensor:
     """See `_pack_filters`."""
     o, c = w_OCHW.shape[1::-1] if turned else w_OCHW.shape[:2]
-    out = torch.empty((o // 32, 9, c // 32, 2, 16, 16, 2), dtype=torch.bfloat16)
+    out = torch.empty((o // 32, 2, 9, c // 32, 16, 16, 2), dtype=torch.bfloat16)
     _pack_filters(as_array(w_OCHW.permute(0, 2, 3, 1).contiguous()), turned, as_array(out))
     return out
 
@@ -87,14 +92,14 @@ def _right_tiles(w_OCHW: Tensor, turned: bool = False) -> Tensor:
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _pack_filters(w_OHWC, turned, out):  # pragma: no cover
-    """As right matrices [O / 32, 9, C / 32, 2 tiles, 16 pairs of channels, 16 filters, 2].
+    """As right matrices [O / 32, 2 tiles, 9, C / 32, 16 pairs of channels, 16 filters, 2].
 
     If `turned`, those of the gradient of x: filters and channels swapped, the nine neighbours in reverse.
     """
     for block in numba.prange(len(out)):
         for neighbour in range(9):
             source = 8 - neighbour if turned else neighbour
-            for c in range(out.shape[2]):
+            for c in range(out.shape[3]):
                 for tile in range(2):
                     for pair in range(16):
                         for column in range(16):
@@ -105,7 +110,7 @@ def _pack_filters(w_OHWC, turned, out):  # pragma: no cover
                                     if turned
                                     else w_OHWC[o, source // 3, source % 3, i]
                                 )
-                                out[block, neighbour, c, tile, pair, column, half] = narrow(widen(value), np.uint16(0))
+                                out[block, tile, neighbour, c, pair, column, half] = narrow(widen(value), np.uint16(0))
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -132,8 +137,9 @@ def _one_pixel(x, height, width, channels, w, i, j):  # pragma: no cover
     for di in range(max(0, 1 - i), min(3, height + 1 - i)):
         for dj in range(max(0, 1 - j), min(3, width + 1 - j)):
             left = x + ((i + di - 1) * width + j + dj - 1) * GROUP * stride
-            right = w + (3 * di + dj) * (channels // 32) * TILES
-            amx.multiply_rows(left, left + 16 * stride, stride, right, channels // 32)
+            right = w + (3 * di + dj) * (channels // 32) * 1024
+            further = right + 9 * (channels // 32) * 1024
+            amx.multiply_rows(left, left + 16 * stride, stride, right, further, channels // 32)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -1,13 +1,11 @@
 """3x3 convolutions of blocked images on a CPU, with 2x2 max pooling before anything is written.
 
 Images lie in groups of 32, and those of a group side by side at every pixel: x_GHWMC. So a pixel is a matrix of images
-and channels, whatever the size of the image. With a matrix unit, such matrices are multiplied by the filters
-(`conv_amx.py`); without one, they are first transformed so that there is less to multiply (`conv_winograd.py`).
+and channels, whatever the size of the image. Such matrices are multiplied by the filters on a matrix unit
+(`conv_amx.py`), or first transformed so that there is less to multiply (`conv_winograd.py`).
 
 Shapes: G groups, H rows, W columns, M = 32 images of a group, C channels in, O filters; both multiples of 32.
 """
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +13,10 @@ from torch.nn import functional as F
 
 from fastcifar_kernels import amx, conv_amx, conv_winograd, vectors
 from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP, check_companion, check_values
+
+# From here on transforming images pays on a matrix unit, too, where others slow it: 256 filters of as many channels and
+# 7 x 7 pixels 54 to 35 ms, left alone 24 to 21; with fewer filters, or pixels, it is as slow or slower.
+TRANSFORMED_CHANNELS, TRANSFORMED_PIXELS = 64, 36
 
 
 def conv_blocked_reference(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
@@ -35,9 +37,9 @@ def conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
 
     Returns:
         [G, H, W, 32, O], or [G, H // 2, W // 2, 32, O], contiguous, of the type of `x_GHWMC`. The loops may
-        leave NaN out of the largest of four, where torch takes it. Without AMX, what is multiplied has been
-        transformed and rounded once more: in bfloat16 errors are 1.2 % of the result's size (root mean square; torch:
-        0.2 %), and NaN or infinity in a pixel spreads to tiles of 4 x 4.
+        leave NaN out of the largest of four, where torch takes it. Except on AMX with few channels or pixels, what is
+        multiplied has been transformed and rounded once more: in bfloat16 errors are 1.2 % of the result's size (root
+        mean square; torch: 0.2 %), and NaN or infinity in a pixel spreads to tiles of 4 x 4.
 
     Raises:
         ValueError: shapes, types or devices do not belong together.
@@ -64,8 +66,10 @@ def blocks_run(x: Tensor) -> bool:
     return amx.runs(x) or vectors.runs(x)
 
 
-def _loops(x: Tensor) -> ModuleType:
-    return conv_amx if amx.runs(x) else conv_winograd
+def transforms(x: Tensor, channels: int, filters: int) -> bool:
+    """Whether the loops transform images, or gradients, of the size of x_GHWMC before they multiply them."""
+    transform_pays = min(channels, filters) >= TRANSFORMED_CHANNELS and x.size(1) * x.size(2) >= TRANSFORMED_PIXELS
+    return vectors.runs(x) and (transform_pays or not amx.runs(x))
 
 
 # The operators
@@ -74,7 +78,8 @@ def _loops(x: Tensor) -> ModuleType:
 @torch.library.custom_op("fastcifar_kernels::conv_blocked", mutates_args=())
 def _conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
     """The output, and which of four pixels was the largest: [G, H // 2, W // 2, M, O / 32, 2] of 32 bits each."""
-    return _loops(x_GHWMC).forward(x_GHWMC, w_OCHW, pool)
+    loops = conv_winograd if transforms(x_GHWMC, *w_OCHW.shape[:2]) else conv_amx
+    return loops.forward(x_GHWMC, w_OCHW, pool)
 
 
 @torch.library.custom_op("fastcifar_kernels::conv_blocked_backward", mutates_args=())
@@ -82,7 +87,12 @@ def _conv_blocked_backward(
     x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, to_input: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, which is empty unless asked for, and w."""
-    return _loops(x_GHWMC).backward(x_GHWMC, w_OCHW, which, grad_GHWMO.contiguous(), pool, to_input)
+    grad_GHWMO, grad_x_GHWMC = grad_GHWMO.contiguous(), torch.empty_like(x_GHWMC[:0])
+    if to_input:
+        loops = conv_winograd if transforms(x_GHWMC, *w_OCHW.shape[:2]) else conv_amx
+        grad_x_GHWMC = loops.to_input(w_OCHW, which, grad_GHWMO, pool, *x_GHWMC.shape[1:3])
+    loops = conv_amx if amx.runs(x_GHWMC) else conv_winograd
+    return grad_x_GHWMC, loops.to_filters(x_GHWMC, w_OCHW, which, grad_GHWMO, pool)
 
 
 @_conv_blocked.register_fake

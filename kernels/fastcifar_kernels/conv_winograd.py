@@ -1,4 +1,4 @@
-"""3x3 convolutions of blocked images with four times fewer multiplications, on x86 processors without a matrix unit.
+"""3x3 convolutions of blocked images with four times fewer multiplications, on x86 processors.
 
 Winograd's F(4x4, 3x3): 6 x 6 pixels of the input and the nine of a filter are each transformed into 36 numbers, and
 4 x 4 pixels of the output are made of their 36 products (`winograd.py`). Those sum over channels, so they are 36
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcifar_kernels import winograd
+from fastcifar_kernels import amx, winograd
 from fastcifar_kernels.layout import GROUP
 from fastcifar_kernels.loops import as_array, parts_of
 from fastcifar_kernels.vectors import LANES, clear, multiply, multiply_more, vector_of
@@ -58,30 +58,36 @@ def forward(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor
     return out_GHWMO, which
 
 
-def backward(
-    x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, to_input: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x, which is empty unless asked for, and w."""
+def to_input(w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool, height: int, width: int) -> Tensor:
+    """The gradient of x, which has so many rows and columns."""
+    groups, rows, columns, _, filters = grad_GHWMO.shape
+    rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
+    channels, dtype = w_OCHW.size(1), grad_GHWMO.dtype
+    grad_x_GHWMC = torch.empty((groups, height, width, GROUP, channels), dtype=dtype)
+    u = _transformed(w_OCHW, dtype, turned=True)
+    given = grad_GHWMO.data_ptr(), which.data_ptr(), rows, columns, filters, pool, u.data_ptr()
+    to = grad_x_GHWMC.data_ptr(), groups, height, width, channels
+    buffers = _buffers(parts_of(groups * _tiles(height, width)), filters, channels, dtype)
+    _to_input(vector_of(dtype), dtype.itemsize, *given, *to, *buffers)
+    return grad_x_GHWMC
+
+
+def to_filters(x_GHWMC: Tensor, w_OCHW: Tensor, which: Tensor, grad_GHWMO: Tensor, pool: bool) -> Tensor:
+    """The gradient of w."""
     groups, height, width, _, channels = x_GHWMC.shape
     _, rows, columns, _, filters = grad_GHWMO.shape
     rows, columns = (2 * rows, 2 * columns) if pool else (rows, columns)
-    how = vector_of(x_GHWMC.dtype), x_GHWMC.dtype.itemsize
-    of_output = grad_GHWMO.data_ptr(), which.data_ptr(), rows, columns, filters, pool
-    grad_x_GHWMC = torch.empty((x_GHWMC if to_input else x_GHWMC[:0]).shape, dtype=x_GHWMC.dtype)
-    if to_input:
-        u = _transformed(w_OCHW, x_GHWMC.dtype, turned=True)
-        to = grad_x_GHWMC.data_ptr(), groups, height, width, channels
-        buffers = _buffers(parts_of(groups * _tiles(height, width)), filters, channels, x_GHWMC.dtype)
-        _to_input(*how, *of_output, u.data_ptr(), *to, *buffers)
     of_input = x_GHWMC.data_ptr(), groups, height, width, channels
+    of_output = grad_GHWMO.data_ptr(), which.data_ptr(), rows, columns, filters, pool
     together = E * filters * channels * 4 > MANY_SUMS_BYTES
     buffers = _bands(groups * _tiles(rows, columns), channels, filters, x_GHWMC.dtype, together)
     sums_PEOC = torch.empty((len(buffers[-1]), E, filters, channels))
+    how = vector_of(x_GHWMC.dtype), x_GHWMC.dtype.itemsize
     _to_filters(*how, *of_input, *of_output, together, as_array(sums_PEOC), *buffers)
     sums_EOC = sums_PEOC[0] if len(sums_PEOC) == 1 else sums_PEOC.sum(dim=0)
     grad_w_OHWC = torch.empty((filters, 3, 3, channels))
     _unpack_sums(vector_of(torch.float32), sums_EOC.data_ptr(), filters, channels, grad_w_OHWC.data_ptr())
-    return grad_x_GHWMC, grad_w_OHWC.to(w_OCHW.dtype).permute(0, 3, 1, 2)
+    return grad_w_OHWC.to(w_OCHW.dtype).permute(0, 3, 1, 2)
 
 
 def _transformed(w_OCHW: Tensor, dtype: torch.dtype, turned: bool = False) -> Tensor:
@@ -102,13 +108,17 @@ def _tiles(rows: int, columns: int) -> int:
 
 
 def _buffers(parts: int, channels: int, filters: int, dtype: torch.dtype) -> list:
-    """Memory for every part: a transformed tile, products, addresses, zeros, and for what is beyond the last pixels."""
+    """Memory for every part: a transformed tile, products, addresses, zeros, and for what is beyond the last pixels.
+
+    Last what configures a matrix unit. Without one it is None, and numba leaves out what is for it.
+    """
     tile = _matrices(GROUP * channels, dtype, parts)
     products = _matrices(GROUP * 2 * LANES[dtype], torch.float32, parts)
     zeros = torch.zeros((parts, GROUP * channels), dtype=dtype)
     beyond = torch.empty((parts, GROUP * filters), dtype=dtype)
     places = np.empty((parts, E), np.int64)
-    return [as_array(tile), as_array(products), places, as_array(zeros), as_array(beyond)]
+    amx_tiles = amx.WHOLE_TILES if amx.runs(tile) else None
+    return [as_array(tile), as_array(products), places, as_array(zeros), as_array(beyond), amx_tiles]
 
 
 def _bands(tiles: int, channels: int, filters: int, dtype: torch.dtype, together: bool) -> list:
@@ -189,7 +199,7 @@ def _span(start, size, given, pooled):  # pragma: no cover
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _convolve(
     vector, size, begin, end, x, x_which, height, width, channels, u, filters, out, which, rows, columns,
-    v, m, places, zeros, beyond,
+    v, m, places, zeros, beyond, amx_tiles,
 ):  # fmt: skip  # pragma: no cover
     """Some tiles of a group, one by one: 36 matrices `v`, whose products with two vectors of columns of `u` are `m`.
 
@@ -227,6 +237,12 @@ def _convolve(
             for e_row in range(e_i, e_rows):
                 for e in range(EDGE * e_row + e_j, EDGE * e_row + e_columns):
                     right = u + (e * filters + channel) // lanes * u_next
+                    if amx_tiles is not None:
+                        left, row = v + e * v_next, channels * size
+                        amx.clear_block()
+                        amx.multiply_rows(left, left + 16 * row, row, right, right + u_next, channels // 32)
+                        amx.store_block(m + e * m_next)
+                        continue
                     for image in range(0, GROUP, lanes // 2):
                         left, to = v + e * v_next + image * channels * size, m + e * m_next + image * lanes * 8
                         multiply(vector, left, channels * size, 4, right, u_next, lanes * 4, steps, to, lanes * 8)
@@ -239,12 +255,14 @@ def _convolve(
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _forward(
     vector, size, x, groups, height, width, channels, u, out, rows, columns, which, filters, pool,
-    v_P, m_P, places_P, zeros_P, beyond_P,
+    v_P, m_P, places_P, zeros_P, beyond_P, amx_tiles,
 ):  # fmt: skip  # pragma: no cover
     """The output: `rows` by `columns` before pooling."""
     parts = len(places_P)
     tiles = (rows + TILE - 1) // TILE * ((columns + TILE - 1) // TILE)
     for part in numba.prange(parts):
+        if amx_tiles is not None:
+            amx.configure(amx_tiles.ctypes.data)
         for g in range(groups):
             begin, end = _share(part, parts, g, groups, tiles)
             if begin == end:
@@ -254,19 +272,23 @@ def _forward(
                 vector, size, begin, end, x + g * height * width * GROUP * channels * size, np.int64(0), height, width,
                 channels, u, filters, out + first * size, which + first // 4 if pool else 0, rows, columns,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
-                zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
+                zeros_P[part].ctypes.data, beyond_P[part].ctypes.data, amx_tiles,
             )  # fmt: skip
+        if amx_tiles is not None:
+            amx.release()
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")
 def _to_input(
     vector, size, grad, which, rows, columns, filters, pool, u, out, groups, height, width, channels,
-    v_P, m_P, places_P, zeros_P, beyond_P,
+    v_P, m_P, places_P, zeros_P, beyond_P, amx_tiles,
 ):  # fmt: skip  # pragma: no cover
     """The gradient of x: a convolution of the output's, `rows` by `columns` before pooling, with turned filters."""
     parts = len(places_P)
     tiles = (height + TILE - 1) // TILE * ((width + TILE - 1) // TILE)
     for part in numba.prange(parts):
+        if amx_tiles is not None:
+            amx.configure(amx_tiles.ctypes.data)
         for g in range(groups):
             begin, end = _share(part, parts, g, groups, tiles)
             if begin == end:
@@ -276,8 +298,10 @@ def _to_input(
                 vector, size, begin, end, grad + first * size, which + first // 4 if pool else 0, rows, columns,
                 filters, u, channels, out + g * height * width * GROUP * channels * size, np.int64(0), height, width,
                 v_P[part].ctypes.data, m_P[part].ctypes.data, places_P[part],
-                zeros_P[part].ctypes.data, beyond_P[part].ctypes.data,
+                zeros_P[part].ctypes.data, beyond_P[part].ctypes.data, amx_tiles,
             )  # fmt: skip
+        if amx_tiles is not None:
+            amx.release()
 
 
 @numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")

@@ -77,7 +77,7 @@ def _patch_block(x_NHWC, g, i, j, w, rows_MD, block_MO, vector, tiles):  # pragm
         patches = x_NHWC.ctypes.data + i * row + j * channels * 2
         amx.copy_patches(patches, height * row, row, g * GROUP, images - 1, rows)
         amx.clear_block()
-        amx.multiply_rows(rows, rows + 1024, 64, w, 1)
+        amx.multiply_rows(rows, rows + 1024, 64, w, w + 1024, 1)
         amx.store_block(block)
     else:
         for m in range(GROUP):

@@ -50,7 +50,7 @@ from fastcifar_kernels.batch_statistics import batch_statistics_reference
 from fastcifar_kernels.bn_gelu import bn_gelu_reference
 from fastcifar_kernels.bn_relu_pool import bn_relu_pool_reference
 from fastcifar_kernels.bn_relu_weighted_sum import bn_relu_weighted_sum_reference
-from fastcifar_kernels.conv_blocked import conv_blocked_reference
+from fastcifar_kernels.conv_blocked import conv_blocked_reference, transforms
 from fastcifar_kernels.conv_matmul import conv_matmul_reference
 from fastcifar_kernels.crop_flip import Border, crop_flip_reference
 from fastcifar_kernels.guarded import guarding
@@ -418,7 +418,7 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
             faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
         plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
         allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
-        if case.op == "conv_blocked" and is_transformed(given["x"]):
+        if case.op == "conv_blocked" and is_transformed(given, name):
             allowed += TRANSFORMED * rounding(dtype) + TRANSFORMING * rounding(torch.float32)
         if not math.isfinite(allowed):
             faults.append(f"{name} cannot be judged: plain torch overflows")
@@ -439,9 +439,11 @@ def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def is_transformed(x_GHWMC: Tensor) -> bool:
-    """Whether what a convolution multiplies is not this, but made of it, and rounded once more."""
-    return vectors.runs(x_GHWMC) and not amx.runs(x_GHWMC)
+def is_transformed(given: dict[str, Tensor], result: str) -> bool:
+    """Whether what a convolution multiplies for this result is not given, but made of it, and rounded once more."""
+    if result == "grad of w":
+        return not amx.runs(given["x"])
+    return transforms(given["x"], *given["w"].shape[:2])
 
 
 def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
@@ -464,7 +466,7 @@ def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
         y_GHWMO = conv_blocked_reference(exact["x"], exact["w"])
         gap_GMOHW = gaps(y_GHWMO.permute(0, 3, 4, 1, 2).flatten(0, 1)).unflatten(0, (len(y_GHWMO), -1))
         allowed = max(torch.finfo(given["x"].dtype).eps, 1e-4) * y_GHWMO.abs().max()
-        allowed *= TRANSFORMED if is_transformed(given["x"]) else 1
+        allowed *= TRANSFORMED if is_transformed(given, "out") else 1
         return given["grad"].where(gap_GMOHW.permute(0, 3, 4, 1, 2) > allowed, 0)
     values: list[Tensor] = []
 

@@ -50,7 +50,7 @@ COMPILE = """
 import sys
 import llvmlite.binding
 from numba import types
-from fastcifar_kernels import conv_amx
+from fastcifar_kernels import conv_amx, conv_winograd
 
 llvmlite.binding.initialize_native_asmparser()
 patches = sys.modules["fastcifar_kernels.patches_gelu"]
@@ -59,7 +59,11 @@ named = {"pool": types.boolean, "turned": types.boolean, "tiles": of(types.uint8
 named |= {"bias_O": of(types.float32, 1), "vector": types.UniTuple(types.uint16, 16)}
 named |= {"out_GHWMO": of(types.uint16, 5), "grad_GHWMO": of(types.uint16, 5), "sums_GO": of(types.float32, 2)}
 named |= {"rows_PMD": of(types.uint16, 3), "blocks_PMO": of(types.float32, 3)}
-for loop in (conv_amx._forward, conv_amx._to_input, conv_amx._to_filters, patches._forward, patches._to_bias):
+named |= {"v_P": of(types.uint16, 2), "m_P": of(types.float32, 2), "places_P": of(types.int64, 2)}
+named |= {"zeros_P": of(types.uint16, 2), "beyond_P": of(types.uint16, 2), "amx_tiles": of(types.uint8, 1)}
+loops = [conv_amx._forward, conv_amx._to_input, conv_amx._to_filters, patches._forward, patches._to_bias]
+loops += [conv_winograd._forward, conv_winograd._to_input]
+for loop in loops:
     names = loop.py_func.__code__.co_varnames[: loop.py_func.__code__.co_argcount]
     loop.compile(tuple(named.get(name, types.int64) for name in names))
     print("tdpbf16ps" in "".join(loop.inspect_asm().values()))
@@ -76,7 +80,7 @@ def test_loops_compile_for_a_processor_with_amx_on_any_other(tmp_path):
     environment = {**os.environ, **target, "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 5
+    assert done.stdout.split() == ["True"] * 7
 
 
 @numba.njit
@@ -96,13 +100,13 @@ def test_rows_become_pairs_and_columns(channels):
 
 
 @numba.njit
-def multiply(left, lower, stride, right, steps, tiles, block, sums, config):
+def multiply(left, lower, stride, right, further, pairs, steps, tiles, block, sums, config):
     amx.configure(config)
     amx.clear_block()
-    amx.multiply_rows(left, lower, stride, right, steps)
+    amx.multiply_rows(left, lower, stride, right, further, steps)
     amx.store_block(block)
     amx.load_block(sums)
-    amx.multiply_tiles(tiles, right, steps)
+    amx.multiply_tiles(tiles, pairs, steps)
     amx.store_block(sums)
     amx.release()
 
@@ -113,13 +117,16 @@ def test_blocks_are_matrix_products(steps):
     left_MK, right_KN, given_MN = whole(32, 32 * steps), whole(32 * steps, 32), whole(32, 32)
     rows = left_MK.bfloat16()
     tiles = rows.view(2, 16, steps, 32).permute(2, 0, 1, 3).contiguous()
-    right = right_KN.bfloat16().view(steps, 16, 2, 2, 16).permute(0, 3, 1, 4, 2).contiguous()
+    pairs = right_KN.bfloat16().view(steps, 16, 2, 2, 16).permute(0, 3, 1, 4, 2).contiguous()
+    right, further = (pairs[:, half].contiguous() for half in (0, 1))
     block_MN, sums_MN = torch.full((32, 32), torch.nan), given_MN.clone()
     multiply(
         rows.data_ptr(),
         rows[16:].data_ptr(),
         64 * steps,
         right.data_ptr(),
+        further.data_ptr(),
+        pairs.data_ptr(),
         steps,
         tiles.data_ptr(),
         block_MN.data_ptr(),

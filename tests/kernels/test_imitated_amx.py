@@ -12,7 +12,7 @@ from fastcifar_kernels import amx
 from fastcifar_kernels.loops import FEATURES
 
 HERE = Path(__file__).parent
-TESTS = ["test_amx.py", "test_blocked.py", "../models/test_speednet.py"]
+TESTS = ["test_amx.py", "test_blocked.py", "test_winograd.py", "../models/test_speednet.py"]
 OTHERS = "float32", "interpreted"  # these take no loop for AMX
 
 
