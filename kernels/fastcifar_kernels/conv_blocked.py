@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from fastcifar_kernels import amx, conv_amx, conv_winograd, vectors
 from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP, check_companion, check_values
 
-# From here on transforming images pays on a matrix unit, too, where others slow it: 256 filters of as many channels and
-# 7 x 7 pixels 54 to 35 ms, left alone 24 to 21; with fewer filters, or pixels, it is as slow or slower.
-TRANSFORMED_CHANNELS, TRANSFORMED_PIXELS = 64, 36
+# With so many filters of so many channels, and pixels, transforming images pays on a matrix unit, too: 256 filters of 64
+# channels at 15 x 15 pixels, pooled, 28 to 22 ms, of 256 channels at 7 x 7 24 to 21, and where others slow the unit 70
+# to 37 and 54 to 35. Gradients that must be scattered to pixels first lose (24 to 28), so do the filters' (25 to 41).
+TRANSFORMED_FILTERS, TRANSFORMED_PIXELS = 64 * 256, 36
 
 
 def conv_blocked_reference(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool = False) -> Tensor:
@@ -66,10 +67,10 @@ def blocks_run(x: Tensor) -> bool:
     return amx.runs(x) or vectors.runs(x)
 
 
-def transforms(x: Tensor, channels: int, filters: int) -> bool:
-    """Whether the loops transform images, or gradients, of the size of x_GHWMC before they multiply them."""
-    transform_pays = min(channels, filters) >= TRANSFORMED_CHANNELS and x.size(1) * x.size(2) >= TRANSFORMED_PIXELS
-    return vectors.runs(x) and (transform_pays or not amx.runs(x))
+def transforms(x_GHWMC: Tensor, w_OCHW: Tensor) -> bool:
+    """Whether these images are transformed before they are multiplied, and so the gradient, but of what is pooled."""
+    pays = w_OCHW[:, :, 0, 0].numel() >= TRANSFORMED_FILTERS and x_GHWMC[0, :, :, 0, 0].numel() >= TRANSFORMED_PIXELS
+    return vectors.runs(x_GHWMC) and (pays or not amx.runs(x_GHWMC))
 
 
 # The operators
@@ -78,7 +79,7 @@ def transforms(x: Tensor, channels: int, filters: int) -> bool:
 @torch.library.custom_op("fastcifar_kernels::conv_blocked", mutates_args=())
 def _conv_blocked(x_GHWMC: Tensor, w_OCHW: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
     """The output, and which of four pixels was the largest: [G, H // 2, W // 2, M, O / 32, 2] of 32 bits each."""
-    loops = conv_winograd if transforms(x_GHWMC, *w_OCHW.shape[:2]) else conv_amx
+    loops = conv_winograd if transforms(x_GHWMC, w_OCHW) else conv_amx
     return loops.forward(x_GHWMC, w_OCHW, pool)
 
 
@@ -88,11 +89,11 @@ def _conv_blocked_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, which is empty unless asked for, and w."""
     grad_GHWMO, grad_x_GHWMC = grad_GHWMO.contiguous(), torch.empty_like(x_GHWMC[:0])
+    direct = conv_amx if amx.runs(x_GHWMC) else conv_winograd
     if to_input:
-        loops = conv_winograd if transforms(x_GHWMC, *w_OCHW.shape[:2]) else conv_amx
+        loops = conv_winograd if transforms(x_GHWMC, w_OCHW) and not pool else direct
         grad_x_GHWMC = loops.to_input(w_OCHW, which, grad_GHWMO, pool, *x_GHWMC.shape[1:3])
-    loops = conv_amx if amx.runs(x_GHWMC) else conv_winograd
-    return grad_x_GHWMC, loops.to_filters(x_GHWMC, w_OCHW, which, grad_GHWMO, pool)
+    return grad_x_GHWMC, direct.to_filters(x_GHWMC, w_OCHW, which, grad_GHWMO, pool)
 
 
 @_conv_blocked.register_fake

@@ -418,7 +418,7 @@ def judge(case: Case, dtype: torch.dtype) -> Row:
             faults.append(f"{name} is {found[name].dtype}, should be {eager[0][name].dtype}")
         plain, noise = (max(distance(one[name], truth[name]) for one in some) for some in (eager, shaken))
         allowed = 2 * plain + 2 * noise + rounding(eager[0][name].dtype)
-        if case.op == "conv_blocked" and is_transformed(given, name):
+        if case.op == "conv_blocked" and is_transformed(case, given, name):
             allowed += TRANSFORMED * rounding(dtype) + TRANSFORMING * rounding(torch.float32)
         if not math.isfinite(allowed):
             faults.append(f"{name} cannot be judged: plain torch overflows")
@@ -439,11 +439,11 @@ def results(case: Case, which: str, given: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def is_transformed(given: dict[str, Tensor], result: str) -> bool:
+def is_transformed(case: Case, given: dict[str, Tensor], result: str) -> bool:
     """Whether what a convolution multiplies for this result is not given, but made of it, and rounded once more."""
-    if result == "grad of w":
-        return not amx.runs(given["x"])
-    return transforms(given["x"], *given["w"].shape[:2])
+    if amx.runs(given["x"]) and (result == "grad of w" or (result == "grad of x" and case.call.keywords["pool"])):
+        return False
+    return transforms(given["x"], given["w"])
 
 
 def away_from_kinks(given: dict[str, Tensor], training: bool) -> Tensor:
@@ -466,7 +466,7 @@ def away_from_ties(case: Case, given: dict[str, Tensor]) -> Tensor:
         y_GHWMO = conv_blocked_reference(exact["x"], exact["w"])
         gap_GMOHW = gaps(y_GHWMO.permute(0, 3, 4, 1, 2).flatten(0, 1)).unflatten(0, (len(y_GHWMO), -1))
         allowed = max(torch.finfo(given["x"].dtype).eps, 1e-4) * y_GHWMO.abs().max()
-        allowed *= TRANSFORMED if is_transformed(given, "out") else 1
+        allowed *= TRANSFORMED if is_transformed(case, given, "out") else 1
         return given["grad"].where(gap_GMOHW.permute(0, 3, 4, 1, 2) > allowed, 0)
     values: list[Tensor] = []
 

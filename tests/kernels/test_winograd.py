@@ -29,7 +29,7 @@ def dtype(request, monkeypatch) -> torch.dtype:
         if not amx.available():
             pytest.skip("no AMX here")
         blocked = sys.modules["fastcifar_kernels.conv_blocked"]
-        monkeypatch.setattr(blocked, "TRANSFORMED_CHANNELS", 0)
+        monkeypatch.setattr(blocked, "TRANSFORMED_FILTERS", 0)
         monkeypatch.setattr(blocked, "TRANSFORMED_PIXELS", 0)
         return torch.bfloat16
     dtype, lanes = WAYS[request.param]
