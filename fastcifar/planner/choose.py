@@ -24,7 +24,6 @@ SETUP_S = 1.0  # from the plan to the first step: 0.6 s on a quiet machine
 COMPILE_S = 40.0  # that torch.compile takes of it on a GPU: a guess, none was at hand
 COMPILE_FROM_S = 180.0  # a shorter budget is spent without: its steps are CUDA graphs all the same
 SMALLEST_BATCH = 128  # below it the fixed costs of a step, 25 ms for Muon alone, are most of it
-PACE_ERROR = 0.15  # by this share the rates of a second may miss those of a whole training
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def surely(choice: Choice) -> float:
 def might_win(recipe: Recipe, curve: Curve, last: Choice, best: float) -> bool:
     """Whether this recipe, as fast as one can hope, would be better than the best so far."""
     images = last.steps * last.recipe.batch_size * arithmetic(last.recipe) / arithmetic(recipe) * OPTIMISM
-    return expect(curve, images, PACE_ERROR).low > best
+    return expect(curve, images, last.rates.error).low > best
 
 
 def arithmetic(recipe: Recipe) -> float:
@@ -108,7 +107,7 @@ def fit(
     recipe = replace(recipe, tta=tta)
     recipe = replace(recipe, batch_size=fit_batch_size(recipe, train_s / rates.mean_image_s(recipe)))
     seen = train_s / rates.mean_image_s(recipe)
-    expected = expect(curve, seen, PACE_ERROR) if curve else None
+    expected = expect(curve, seen, rates.error) if curve else None
     return Choice(name, recipe, rates, train_s, seen / images, round(seen / recipe.batch_size), expected)
 
 

@@ -19,13 +19,16 @@ from fastcifar.models.build import build_model
 from fastcifar.optim.schedule import build_optimizers
 from fastcifar.resize import resize
 from fastcifar.settings import Recipe
-from fastcifar_kernels import vectors
+from fastcifar_kernels import amx, vectors
 
 FEW = 32  # images of the first steps, which compile and find memory
 PATIENCE = 0.002  # share of a budget that a measured step should take at most
 LONGEST_S = 0.15
 MOST_TIMES = 3  # that a measurement is repeated
 DTYPE_ROUNDS = 5
+# By this share the rates of a second may miss those of a whole training. Where other programs share a matrix unit it is
+# four times slower for seconds or minutes: nine trainings got 0.58 to 1.65 times the epochs planned (LOG.md, 2026-12-01).
+ERROR, AMX_ERROR = 0.15, 0.5
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Rates:
         image_s: that each image adds to a step, by its side in pixels, at all sizes of the recipe.
         look_s: to classify an image once, of the size that the recipe ends with.
         first_s: what the very first steps took, compiling included.
+        error: by what share all of these may change during a training.
     """
 
     step_s: float
     image_s: dict[int, float]
     look_s: float
     first_s: float
+    error: float = ERROR
 
     def mean_image_s(self, recipe: Recipe) -> float:
         """Seconds of training for each image, in batches and stages of the recipe."""
@@ -92,7 +97,8 @@ def measure_rates(recipe: Recipe, classes: int, device: torch.device, budget_s: 
     x_BCHW = resize(images(many), recipe.final_px)
     with torch.inference_mode():
         look_s = settled(device, patience_s, lambda: forward(model, x_BCHW)) / many
-    return Rates(step_s, image_s, look_s, first_s)
+    on_amx = device.type == "cpu" and dtype == torch.bfloat16 and amx.available()
+    return Rates(step_s, image_s, look_s, first_s, AMX_ERROR if on_amx else ERROR)
 
 
 def fastest_dtype(recipe: Recipe, classes: int, device: torch.device) -> str:

@@ -18,6 +18,7 @@ from fastcifar.display import Display
 from fastcifar.evaluate import looks_an_image
 from fastcifar.job import Job
 from fastcifar.planner import choose as planner
+from fastcifar.planner import rates
 from fastcifar.planner.choose import LADDER, Choice, arithmetic, choose, fit_batch_size
 from fastcifar.planner.curve import EPOCH_IMAGES, Curve, Expectation, expect, load_curves
 from fastcifar.planner.rates import Rates, measure_rates
@@ -73,16 +74,15 @@ def test_the_curves_of_the_repository_are_read():
     assert load_curves("shapes10") == {}
 
 
-def fake_rates(monkeypatch, speed: float) -> list[Recipe]:
+def fake_rates(monkeypatch, speed: float, error: float = 0.15) -> list[Recipe]:
     """A machine that computes `speed` operations a second, and the recipes that were measured on it."""
     measured = []
 
     def rates(recipe, classes, device, budget_s):
         measured.append(recipe)
         image_s = 3 * arithmetic(recipe) / speed
-        return Rates(
-            step_s=0.0, image_s={20: 0.4 * image_s, 24: 0.6 * image_s, 32: image_s}, look_s=image_s / 3, first_s=0.0
-        )
+        by_side_s = {20: 0.4 * image_s, 24: 0.6 * image_s, 32: image_s}
+        return Rates(step_s=0.0, image_s=by_side_s, look_s=image_s / 3, first_s=0.0, error=error)
 
     monkeypatch.setattr(planner, "measure_rates", rates)
     monkeypatch.setattr(planner, "fastest_dtype", lambda *_: "bfloat16")
@@ -104,6 +104,28 @@ def test_a_larger_budget_expects_more_and_takes_no_smaller_network(monkeypatch):
     for choice in choices:
         assert choice.train_s < 3600
         assert choice.steps == pytest.approx(choice.epochs * 50_000 / choice.recipe.batch_size, abs=1)
+
+
+def test_the_interval_is_wider_where_rates_change(monkeypatch):
+    fake_rates(monkeypatch, speed=2e12)
+    steady = plan(60)[0].expected
+    fake_rates(monkeypatch, speed=2e12, error=0.5)
+    changing = plan(60)[0].expected
+    assert steady is not None
+    assert changing is not None
+    assert changing.accuracy == steady.accuracy
+    assert changing.low < steady.low
+    assert changing.high > steady.high
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_here", "changes"), [("bfloat16", True, 0.5), ("bfloat16", False, 0.15), ("float32", True, 0.15)]
+)
+def test_rates_change_more_on_a_matrix_unit(dtype, is_here, changes, monkeypatch):
+    monkeypatch.setattr(rates.amx, "available", lambda: is_here)
+    model = SpeedNetModel(widths=(32, 32, 32), own_kernels=False)
+    recipe = replace(find_recipe("speed"), model=model, dtype=dtype, batch_size=2)
+    assert measure_rates(recipe, classes=10, device=CPU, budget_s=0.1).error == changes
 
 
 def test_training_and_evaluation_fill_the_budget(monkeypatch):
