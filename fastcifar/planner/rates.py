@@ -27,7 +27,7 @@ LONGEST_S = 0.15
 MOST_TIMES = 3  # that a measurement is repeated
 DTYPE_ROUNDS = 5
 # By this share the rates of a second may miss those of a whole training. Where other programs share a matrix unit it is
-# four times slower for seconds or minutes: nine trainings got 0.58 to 1.65 times the epochs planned (LOG.md, 2026-12-01).
+# four times slower for seconds or minutes: nine trainings got 0.58 to 1.65 times the epochs planned (LOG.md).
 ERROR, AMX_ERROR = 0.15, 0.5
 
 
