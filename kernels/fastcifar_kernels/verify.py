@@ -93,6 +93,7 @@ TRANSFORMED, TRANSFORMING = 4, 32
 
 aggregation = sys.modules["fastcifar_kernels.aggregate_weights"]
 banded = sys.modules["fastcifar_kernels.conv_amx"]
+blocked = sys.modules["fastcifar_kernels.conv_blocked"]
 tiled = sys.modules["fastcifar_kernels.conv_winograd"]
 products = sys.modules["fastcifar_kernels.conv_matmul"]
 statistics = sys.modules["fastcifar_kernels.batch_statistics"]
@@ -581,6 +582,7 @@ def verify(device: str, shapes: tuple[tuple[int, ...], ...], ops: list[str] | No
 @contextmanager
 def few_programs(programs: int) -> Iterator[None]:
     """Cut the work as if a GPU were full with so many, and merge what they leave two by two."""
+    least = 0 if programs == 2 else math.inf
     with (
         mock.patch.object(tiles, "PROGRAMS", programs),
         mock.patch.object(aggregation, "PROGRAMS", programs),
@@ -588,7 +590,8 @@ def few_programs(programs: int) -> Iterator[None]:
         mock.patch.object(products, "ROWS_BYTES", 2**12),  # few images at a time
         mock.patch.object(banded, "BAND_BYTES", 1),  # two rows at a time
         mock.patch.multiple(tiled, BAND_BYTES=1, LONG_BAND_BYTES=1),  # one tile at a time,
-        mock.patch.object(tiled, "MANY_SUMS_BYTES", 0 if programs == 2 else math.inf),  # by all threads, or by one
+        mock.patch.object(tiled, "MANY_SUMS_BYTES", least),  # by all threads, or by one
+        mock.patch.multiple(blocked, TRANSFORMED_FILTERS=least, TRANSFORMED_PIXELS=least),  # on AMX all, or none
     ):
         yield
 

@@ -232,7 +232,10 @@ NUMBA = (
     ("AMX: gradient of filters of the last band alone", "conv_amx.py",
      "amx.load_block(block)", "amx.clear_block()", CB),
     ("AMX: filters not turned", "conv_amx.py", "8 - neighbour if turned", "neighbour if turned", CB),
-    # the same without AMX
+    ("AMX: of transformed filters the first 16 twice", "conv_winograd.py",
+     "right + u_next, channels", "right, channels", CB),
+    ("AMX: of transformed images the first 16 twice", "conv_winograd.py", "left, left + 16 * row,", "left, left,", CB),
+    # the same without AMX, and in part with it
     ("Winograd: rows of 0 and infinity exchanged", "winograd.py", "first = group // 3", "first = 1 - group // 3", CB),
     ("Winograd: p and -p exchanged", "winograd.py",
      "code.number(sign * root), odd, even) for sign in (1, -1)]\n\n\ndef _grad_rows",
