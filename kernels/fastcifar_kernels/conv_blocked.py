@@ -15,8 +15,8 @@ from fastcifar_kernels import amx, conv_amx, conv_winograd, vectors
 from fastcifar_kernels.layout import BLOCK_CHANNELS, GROUP, check_companion, check_values
 
 # With so many filters of so many channels, and pixels, transforming images pays on a matrix unit: 256 filters of 64
-# channels at 15 x 15 pixels, pooled, 28 to 22 ms, of 256 channels at 7 x 7 24 to 21, and where others slow the unit 70
-# to 37 and 54 to 35. Gradients that must be scattered to pixels first lose (24 to 28), so do the filters' (25 to 41).
+# channels at 15 x 15 pixels, pooled, 28 to 22 ms, of 256 channels at 7 x 7 24 to 21, and where others slow the unit 69
+# to 35 and 54 to 35. Gradients that must be scattered to pixels first lose (24 to 28), so do the filters' (25 to 41).
 TRANSFORMED_FILTERS, TRANSFORMED_PIXELS = 64 * 256, 36
 
 
