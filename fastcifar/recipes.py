@@ -55,7 +55,7 @@ GROWING = Stage(image_px=20, until=0.3), Stage(image_px=24, until=0.6), Stage(im
 # The whitened convnet of the CIFAR-10 speed records (cifar10-airbench), on growing images. Source of the choices that
 # differ: LOG.md, 2026-11-20.
 #   fastcifar train --recipe speed --budget 5min
-# CIFAR-10 on 2 CPU cores with AMX: 94.5 % in 5 min, 91.4 % in 60 s. On 2 without AMX: 94.3 % in 260 s, 14 epochs;
+# CIFAR-10 on 2 CPU cores with AMX, as busy as the machine is: 93.8 to 94.6 % in 5 min. On 2 without: 94.3 % in 260 s;
 # CIFAR-100: 73.1 % in 5 min (LOG.md). No GPU measured.
 SPEED = Recipe(
     batch_size=1024,

@@ -13,6 +13,8 @@ What is between input and output stays in a core's cache: it is done a tile at a
 filters. As the images of a group lie side by side at every pixel, transforming them is arithmetic on rows of
 32 C numbers.
 
+Products are vectors' (`vectors.py`), or in bfloat16, but for the gradient of the filters, a matrix unit's (`amx.py`).
+
 Shapes as in `conv_blocked`; a tile is 4 x 4 pixels of the output of a group, E = 36 numbers that it is made of.
 """
 
