@@ -69,7 +69,8 @@ def blocks_run(x: Tensor) -> bool:
 
 def transforms(x_GHWMC: Tensor, w_OCHW: Tensor) -> bool:
     """Whether these images are transformed before they are multiplied, and so the gradient, but of what is pooled."""
-    pays = w_OCHW[:, :, 0, 0].numel() >= TRANSFORMED_FILTERS and x_GHWMC[0, :, :, 0, 0].numel() >= TRANSFORMED_PIXELS
+    (filters, channels), (height, width) = w_OCHW.shape[:2], x_GHWMC.shape[1:3]
+    pays = filters * channels >= TRANSFORMED_FILTERS and height * width >= TRANSFORMED_PIXELS
     return vectors.runs(x_GHWMC) and (pays or not amx.runs(x_GHWMC))
 
 
